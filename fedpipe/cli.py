@@ -1,0 +1,167 @@
+"""The `fedpipe` command. Messages are for people: one line for a mistake, no traceback, exit code not 0."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fedpipe.errors import FedpipeError
+
+
+class _Commands(click.Group):
+    """Reports what went wrong in a line, and what to do next after an interrupt."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except FedpipeError as error:
+            for line in str(error).splitlines():
+                click.echo(f"error: {line}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted; the same command goes on from here", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fedpipe")
+def main() -> None:
+    """Federated LoRA fine-tuning under differential privacy, run as a reproducible experiment."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+
+
+def _with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting: --set method.name=ffa-lora"
+    )(command)
+    return click.option(
+        "--params", default="params.yaml", type=click.Path(path_type=Path), help="The settings file.", show_default=True
+    )(command)
+
+
+@main.command()
+@_with_settings
+def fetch(params: Path, overrides: tuple[str, ...]) -> None:
+    """Obtain the data and the backbone that the settings name; nothing is downloaded twice."""
+    from fedpipe.data.sources import fetch_data
+    from fedpipe.models.source import fetch_backbone
+
+    settings, project = _open(params, overrides)
+    for name, origin in (
+        ("data", fetch_data(settings.data, project.raw)),
+        ("backbone", fetch_backbone(settings.model.backbone, project.backbone)),
+    ):
+        click.echo(f"{name}: {origin['source']} ({origin.get('licence') or 'licence not stated'})")
+
+
+@main.command()
+@_with_settings
+def partition(params: Path, overrides: tuple[str, ...]) -> None:
+    """Partition the records into clients."""
+    from fedpipe.data.federation import Federation, write_partition
+
+    settings, project = _open(params, overrides)
+    write_partition(settings, project.raw, project.partition)
+    federation = Federation.open(project.partition)
+    sizes = federation.sizes.values()
+    click.echo(
+        f"{project.partition}: {len(sizes)} clients, {min(sizes)} to {max(sizes)} records each, "
+        f"{federation.manifest['test']['records']} test records, {federation.digest}"
+    )
+
+
+@main.command()
+@_with_settings
+def train(params: Path, overrides: tuple[str, ...]) -> None:
+    """Train from the partition that is there; what the DVC pipeline calls."""
+    _flow(params, overrides, make_data=False)
+
+
+@main.command()
+@_with_settings
+def run(params: Path, overrides: tuple[str, ...]) -> None:
+    """Do everything: fetch, partition, train, report. Run again after a crash, it goes on."""
+    # A wrong key must not wait for Prefect to start.
+    _open(params, overrides)
+    _flow(params, overrides, make_data=True)
+    _report(params)
+
+
+@main.command()
+@click.option("--params", default="params.yaml", type=click.Path(path_type=Path), show_default=True)
+def report(params: Path) -> None:
+    """Evaluate the adapter as a user would load it, and write reports/report.html."""
+    click.echo(_report(params))
+
+
+@main.command()
+def methods() -> None:
+    """List the methods, with what each does."""
+    from fedpipe.methods import CATALOGUE
+
+    width = max(map(len, CATALOGUE))
+    for name, method in CATALOGUE.items():
+        click.echo(f"{name:<{width}}  {method.summary}")
+        click.echo(f"{'':<{width}}  {', '.join(f'{axis} {choice}' for axis, choice in method.axes.items())}")
+        click.echo(f"{'':<{width}}  {method.paper}")
+
+
+@main.command()
+@_with_settings
+def doctor(params: Path, overrides: tuple[str, ...]) -> None:
+    """Check versions, disk, stores, data and device, and say what to do about each."""
+    from rich.console import Console
+
+    from fedpipe.config import load_settings, parse_override
+    from fedpipe.doctor import examine, render
+    from fedpipe.project import Project
+
+    project = Project(params.resolve().parent)
+    try:
+        settings = load_settings(params, dict(map(parse_override, overrides)))
+    except FedpipeError:
+        settings = None  # the examination says what is wrong with them
+    checks = examine(project, settings)
+    Console().print(render(checks))
+    sys.exit(0 if all(check.ok for check in checks) else 1)
+
+
+def _open(params: Path, overrides: tuple[str, ...]) -> tuple[Any, Any]:
+    """Return the checked settings, method included, and the project they are in."""
+    from fedpipe.config import load_settings, parse_override
+    from fedpipe.methods import compose
+    from fedpipe.project import Project
+
+    settings = load_settings(params, dict(map(parse_override, overrides)))
+    compose(settings)
+    return settings, Project(params.resolve().parent)
+
+
+def _flow(params: Path, overrides: tuple[str, ...], make_data: bool) -> None:
+    """Run the Prefect flow in this process."""
+    from fedpipe.config import parse_override
+    from flows.settings import quiet
+
+    _open(params, overrides)
+    quiet(params.resolve().parent)
+    from flows.embedded import prefect_api
+
+    with prefect_api():
+        from flows.federated import federated
+
+        federated(str(params), dict(map(parse_override, overrides)), make_data)
+
+
+def _report(params: Path) -> Path:
+    from fedpipe.project import Project
+    from fedpipe.report import write_report
+    from fedpipe.report.final import evaluate_adapter
+
+    project = Project(params.resolve().parent)
+    evaluate_adapter(project)
+    return write_report(project)

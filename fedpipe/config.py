@@ -1,0 +1,325 @@
+"""`params.yaml`, read into typed, frozen settings, or refused with a reason.
+
+Every mistake in a file is reported at once, one line each: the key's path, what was
+found, what was expected, and the nearest valid name. What only the data can tell (how
+many records a client has, which epsilon can be reached) is checked by the plan.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from ruamel.yaml import YAML, YAMLError
+
+from fedpipe.errors import SettingsError, nearest
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A group of keys: nothing unknown, nothing converted, nothing changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataSettings(Section):
+    """Where the records come from and which columns hold what."""
+
+    source: str  # package:NAME | a file (.csv .parquet .jsonl) | a saved datasets directory | a hub id
+    text: str = "text"
+    label: str = "label"
+    group: str | None = None  # records with the same value never stand on both sides of the test split
+    test_fraction: Fraction = 0.2
+    max_length: Annotated[int, Field(ge=4)] = 64  # tokens a record; longer ones are cut
+    deduplicate: bool = True
+
+
+class PartitionSettings(Section):
+    """How the training records are dealt to clients."""
+
+    scheme: Literal["iid", "dirichlet", "shards", "natural"] = "dirichlet"
+    clients: PositiveInt | None = 8  # null, with natural: one client for each value of the column
+    alpha: PositiveFloat = 0.5  # dirichlet: small is skewed, large is even
+    shards_per_client: PositiveInt = 2
+    column: str | None = None  # natural: the column whose values are never split
+    min_records: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _needs(self) -> PartitionSettings:
+        if self.scheme == "natural" and self.column is None:
+            raise ValueError("scheme 'natural' needs partition.column, the column whose values make the clients")
+        if self.scheme != "natural" and self.clients is None:
+            raise ValueError(f"scheme '{self.scheme}' needs partition.clients, a whole number")
+        return self
+
+
+class ModelSettings(Section):
+    backbone: str  # package:NAME | a local directory in the Hugging Face layout | a hub id
+    task: Literal["text-classification"] = "text-classification"
+
+
+class LoraSettings(Section):
+    """Low-rank adapters (Hu et al. 2021): W + (alpha / rank) B A."""
+
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 8.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # above 0 adds variance to private training
+    targets: Literal["auto"] | list[str] = "auto"  # module names; auto: the attention's query and value
+    last_layers: PositiveInt | None = None  # adapt only this many layers at the top; null: all
+    train_head: bool = True
+
+
+class FederationSettings(Section):
+    rounds: PositiveInt = 10
+    clients_per_round: PositiveInt | None = None  # null: all of them
+    local_steps: PositiveInt = 5
+    batch_size: PositiveInt = 256  # expected size of a client's Poisson batch
+    max_participations: PositiveInt | None = None  # hard cap per client, which sigma is calibrated on; null: rounds
+
+
+class MethodSettings(Section):
+    """A method of the catalogue; the other keys override one of its axes each."""
+
+    name: str = "la-lora"
+    schedule: str | None = None
+    filter: str | None = None
+    padding: Literal["symmetric", "reflect", "circular"] | None = None
+    aggregation: str | None = None
+    weights: Literal["uniform", "samples"] | None = None
+
+
+class OptimizerSettings(Section):
+    """The client's optimiser; its state starts anew every round."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: PositiveFloat = 0.1
+    lr_head: PositiveFloat | None = None  # null: lr
+    lr_a: PositiveFloat | None = None
+    lr_b: PositiveFloat | None = None
+    lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # factor per round
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: NonNegativeFloat = 0.0  # decoupled
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: PositiveFloat = 1e-8
+
+    @model_validator(mode="after")
+    def _momentum_is_sgd(self) -> OptimizerSettings:
+        if self.name != "sgd" and self.momentum:
+            raise ValueError("optimizer.momentum belongs to sgd; adamw has beta1")
+        return self
+
+
+class PrivacySettings(Section):
+    unit: Literal["record", "none"] = "record"
+    epsilon: PositiveFloat = 8.0
+    delta: PositiveFloat | Literal["auto"] = "auto"  # auto: min(1e-5, 1 / (10 * largest client))
+    clip_norm: PositiveFloat = 1.0
+    accountant: Literal["prv", "rdp"] = "prv"
+    test_key: str | None = None  # 64 hex digits: fixes the noise, for tests only; the run is not private
+
+    @field_validator("delta")
+    @classmethod
+    def _delta_below_one(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and value >= 1:
+            raise ValueError("expected a number below 1, or auto")
+        return value
+
+    @field_validator("test_key")
+    @classmethod
+    def _hex(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", value):
+            raise ValueError("expected 64 hexadecimal digits (32 bytes), in quotes, or null")
+        return value
+
+
+class EvaluationSettings(Section):
+    every: PositiveInt = 1  # rounds; the last round is always evaluated
+    batch_size: PositiveInt = 256  # records at most; tokens_per_batch bounds it too
+
+
+class RuntimeSettings(Section):
+    """How the run is computed; none of these changes what is computed."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    engine: Literal["cohort", "opacus"] = "cohort"
+    tokens_per_batch: PositiveInt = 16384  # bounds memory: padded tokens in one forward pass
+    cohort_size: PositiveInt | Literal["auto"] = "auto"  # clients trained together in one task
+    task_runner: Literal["threads"] = "threads"
+
+
+class TrackingSettings(Section):
+    uri: str | None = "sqlite:///mlflow.db"  # null: no tracking
+    experiment: str = "fedpipe"
+
+
+class Settings(Section):
+    """All of `params.yaml`. Two runs with equal settings, data and code compute the same thing."""
+
+    seed: Annotated[int, Field(ge=0)] = 17
+    data: DataSettings
+    partition: PartitionSettings = PartitionSettings()
+    model: ModelSettings
+    lora: LoraSettings = LoraSettings()
+    federation: FederationSettings = FederationSettings()
+    method: MethodSettings = MethodSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    privacy: PrivacySettings = PrivacySettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _clients_fit(self) -> Settings:
+        clients, per_round = self.partition.clients, self.federation.clients_per_round
+        if clients is not None and per_round is not None and per_round > clients:
+            raise ValueError(
+                f"federation.clients_per_round is {per_round}, but partition.clients is {clients}; expected no more"
+            )
+        return self
+
+    @property
+    def private(self) -> bool:
+        return self.privacy.unit != "none"
+
+    def flat(self) -> dict[str, Any]:
+        """Return every key as `section.key`; the test key itself is not told."""
+        values: dict[str, Any] = {}
+        for name, value in self.model_dump().items():
+            if isinstance(value, dict):
+                values.update({f"{name}.{key}": item for key, item in value.items()})
+            else:
+                values[name] = value
+        if values["privacy.test_key"] is not None:
+            values["privacy.test_key"] = "set"
+        return values
+
+
+def load_settings(path: Path, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Read and check a settings file, with `section.key` overrides laid over it.
+
+    Raises
+    ------
+    SettingsError
+        The file is missing or no YAML, or a key, a type or a combination in it is wrong.
+    """
+    try:
+        values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}; run this where params.yaml is") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path}: expected keys such as 'data:' and 'model:', found {type(values).__name__}")
+    for key, value in (overrides or {}).items():
+        _apply(values, key, value)
+    return parse_settings(values, where=str(path))
+
+
+def parse_settings(values: Mapping[str, Any], where: str = "settings") -> Settings:
+    """Check settings given as nested dictionaries; `where` names them in messages."""
+    try:
+        return Settings.model_validate(dict(values))
+    except ValidationError as error:
+        raise SettingsError("\n".join(f"{where}: {line}" for line in _explain_all(error.errors()))) from None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `section.key=value`, as given on a command line; the value is read as YAML.
+
+    >>> parse_override("federation.rounds=3")
+    ('federation.rounds', 3)
+    """
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise SettingsError(f"--set {text}: expected section.key=value, such as method.name=ffa-lora")
+    try:
+        return path.strip(), YAML(typ="safe", pure=True).load(value)
+    except YAMLError:
+        raise SettingsError(f"--set {text}: the value is not YAML") from None
+
+
+def _apply(values: dict[str, Any], path: str, value: Any) -> None:
+    *sections, key = path.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise SettingsError(f"{path}: '{section}' holds a value, not keys")
+    values[key] = value
+
+
+def _keys(location: Sequence[Any]) -> list[str]:
+    """Return the valid keys of the section that `location` (keys from the top) points into."""
+    section: Any = Settings
+    for part in location:
+        field = getattr(section, "model_fields", {}).get(part)
+        if field is None or not isinstance(field.annotation, type):
+            return []
+        section = field.annotation
+    return list(getattr(section, "model_fields", {}))
+
+
+def _path(location: Sequence[Any]) -> list[str]:
+    """Drop what pydantic appends to a location for the branch of a union."""
+    path: list[str] = []
+    for part in location:
+        if path and str(part) not in _keys(path) and not isinstance(part, int):
+            break
+        path.append(str(part))
+    return path
+
+
+def _explain_all(errors: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line a mistake: a key that takes a number or a word is reported once for each, and joined here."""
+    joined: dict[str, str] = {}
+    for line in map(_explain, errors):
+        said, expected, what = line.partition("; expected ")
+        joined[said] = f"{joined[said]} or {what}" if said in joined and expected else line
+    return list(joined.values())
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    kind, location, found = error["type"], list(error["loc"]), error["input"]
+    if kind == "extra_forbidden":
+        return f"{'.'.join(map(str, location))}: unknown key; {nearest(location[-1], _keys(location[:-1]))}"
+    path = ".".join(_path(location))
+    if kind == "missing":
+        return f"{path}: missing; every settings file needs it"
+    if kind == "value_error":
+        message = str(error["ctx"]["error"])
+        prefix = path if path and path in Settings.model_fields else None
+        return message if not path or message.startswith(f"{path}.") else f"{prefix or path}: {message}"
+    options = _options(path)
+    if isinstance(found, str) and options:
+        return f"{path}: found '{found}'; {nearest(found, options)}"
+    if kind in ("model_type", "dict_type"):
+        return f"{path}: found {found!r}; expected keys below it: {', '.join(_keys(path.split('.')))}"
+    expected = error["msg"].replace("Input should be", "expected").replace("a valid integer", "a whole number")
+    expected = expected.replace("a valid ", "a ")
+    return f"{path}: found {found!r}; {expected}"
+
+
+def _options(path: str) -> list[str]:
+    """Return the words a key may hold, where it is a choice of words only."""
+    annotation: Any = Settings
+    for part in path.split("."):
+        field = getattr(annotation, "model_fields", {}).get(part)
+        if field is None:
+            return []
+        annotation = field.annotation
+    branches = [a for a in get_args(annotation) if a is not type(None)] if not _is_literal(annotation) else [annotation]
+    words = [w for branch in branches if _is_literal(branch) for w in get_args(branch)]
+    only_words = all(_is_literal(branch) for branch in branches)
+    return [str(word) for word in words] if words and only_words else []
+
+
+def _is_literal(annotation: Any) -> bool:
+    return getattr(annotation, "__origin__", None) is Literal

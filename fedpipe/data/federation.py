@@ -1,0 +1,232 @@
+"""A partition on disk, and the federation that it is when it is opened.
+
+`write_partition` leaves one Arrow stream a client, one for the test, and, last,
+`manifest.json` with the sha256 of each: a directory with a manifest is complete. The bytes
+depend on the records and on the settings of the partition only. Nothing is read from a
+file that is not, byte for byte, the one in the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from fedpipe.config import Settings
+from fedpipe.data.origin import read_origin
+from fedpipe.data.partition import assign, natural_values, split_test
+from fedpipe.data.sources import read_records
+from fedpipe.errors import DataError, StateError, nearest
+from fedpipe.files import file_digest, read_json, storage, write_atomic, write_json
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TEST = "test.arrow"
+AGAIN = "run `fedpipe partition` (or `dvc repro partition`) again"
+
+
+def write_partition(settings: Settings, raw: Path, partition: Path) -> dict[str, Any]:
+    """Deal the fetched records to clients, write them into `partition`, and return the manifest.
+
+    The same records and settings give the same bytes. Arrow files, and a manifest, that stand
+    in the directory are removed first.
+
+    Raises
+    ------
+    DataError
+        The records cannot be read, or cannot be dealt as the settings ask.
+    """
+    column = settings.partition.column if settings.partition.scheme == "natural" else None
+    table = read_records(settings.data, raw, column)
+    values = {name: table[name].to_numpy() for name in table.column_names if name != "text"}
+    training, test = split_test(values["label"], values.get("group"), settings.data.test_fraction, settings.seed)
+    natural = values["column"][training] if column else None
+    parts = assign(settings.partition, values["label"][training], natural, settings.seed)
+    names = natural_values(natural, parts) if natural is not None else [None] * len(parts)
+    labels = sorted(set(values["label"]))
+    records = table.select(["text", "label"])
+    _clear(partition)
+    clients = []
+    digits = max(3, len(str(len(parts) - 1)))
+    for index, (part, name) in enumerate(zip(parts, names, strict=True)):
+        client = f"c{index:0{digits}d}"
+        entry = _write(partition / f"{client}.arrow", records.take(pa.array(training[part])), labels)
+        clients.append({"id": client, "name": name, **entry})
+    manifest = {
+        "format": FORMAT,
+        "source": read_origin(raw, "data"),
+        "settings": partition_settings(settings),
+        "labels": labels,
+        "clients": clients,
+        "test": _write(partition / TEST, records.take(pa.array(test)), labels),
+    }
+    write_json(partition / MANIFEST, manifest)
+    logger.info("dealt %d records to %d clients, %d for the test", len(training), len(clients), len(test))
+    return manifest
+
+
+def partition_settings(settings: Settings) -> dict[str, Any]:
+    """Return the settings that a partition depends on. How long a text may be in training is none of them."""
+    return {
+        "seed": settings.seed,
+        "data": settings.data.model_dump(exclude={"max_length"}),
+        "partition": settings.partition.model_dump(),
+    }
+
+
+def _clear(partition: Path) -> None:
+    """Remove an earlier partition, its manifest first, and what a killed process left of one."""
+    with storage(partition):
+        (partition / MANIFEST).unlink(missing_ok=True)
+        for pattern in ("*.arrow", ".*.tmp"):
+            for path in partition.glob(pattern):
+                path.unlink()
+
+
+def _write(path: Path, table: pa.Table, labels: list[str]) -> dict[str, Any]:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table.combine_chunks())
+    found, counts = np.unique(table["label"].to_numpy(), return_counts=True)
+    histogram = dict.fromkeys(labels, 0) | dict(zip(found.tolist(), counts.tolist(), strict=True))
+    digest = write_atomic(path, sink.getvalue().to_pybytes())
+    return {"file": path.name, "records": len(table), "sha256": digest, "histogram": histogram}
+
+
+def directory_digest(directory: Path) -> str:
+    """Return the hash that DVC 3 gives a directory, `<md5>.dir`: the same string as in `dvc.lock`.
+
+    It is the md5 of a JSON list of the files' md5 and relative path, sorted by path; so the
+    partition in a run, in `dvc.lock` and in a tracking server can be found by one string.
+    """
+    entries = []
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                content = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
+            entries.append({"md5": content.hexdigest(), "relpath": path.relative_to(directory).as_posix()})
+    entries.sort(key=lambda entry: entry["relpath"])
+    listing = json.dumps(entries, sort_keys=True).encode()
+    return f"{hashlib.md5(listing, usedforsecurity=False).hexdigest()}.dir"
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A partition, opened: who the clients are, and each one's records.
+
+    Attributes
+    ----------
+    path : Path
+        The partition's directory.
+    manifest : dict
+        Its `manifest.json`: source and licence, settings, sizes and label histograms.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, partition: Path) -> Federation:
+        """Open a partition; its files are checked when they are used.
+
+        Raises
+        ------
+        DataError
+            There is no partition, or its manifest is damaged.
+        """
+        if not (partition / MANIFEST).exists():
+            raise DataError(
+                f"{partition}: no complete partition here; run `fedpipe partition` (or `dvc repro partition`)"
+            )
+        try:
+            manifest = read_json(partition / MANIFEST)
+        except StateError as error:
+            raise DataError(f"{error}; {AGAIN}") from error
+        keys = {"format", "source", "settings", "labels", "clients", "test"}
+        if not isinstance(manifest, dict) or not keys <= set(manifest) or manifest["format"] != FORMAT:
+            raise DataError(f"{partition / MANIFEST}: damaged, or of another version; {AGAIN}")
+        return cls(partition, manifest)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels' names, sorted; a label's class is its place here."""
+        return tuple(self.manifest["labels"])
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """The clients' ids."""
+        return tuple(self.sizes)
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Records by client id. They are private: aggregation with uniform weights does not need them."""
+        return {entry["id"]: entry["records"] for entry in self.manifest["clients"]}
+
+    @cached_property
+    def digest(self) -> str:
+        """The directory's DVC hash, `<md5>.dir`, at the first time of asking."""
+        return directory_digest(self.path)
+
+    @cached_property
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        return {entry["id"]: entry for entry in self.manifest["clients"]}
+
+    def client(self, client: str) -> datasets.Dataset:
+        """Return a client's records, memory-mapped: columns `text` and `label`, strings.
+
+        Raises
+        ------
+        DataError
+            There is no such client, or its file is missing or damaged.
+        """
+        if client not in self._entries:
+            raise DataError(f"{self.path}: no client '{client}'; {nearest(client, self.clients)}")
+        return self._dataset(self._entries[client])
+
+    def test(self) -> datasets.Dataset:
+        """Return the test records, as `client` does."""
+        return self._dataset(self.manifest["test"])
+
+    def _dataset(self, entry: dict[str, Any]) -> datasets.Dataset:
+        path = self.path / entry["file"]
+        try:
+            found = file_digest(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}; {AGAIN}") from error
+        if found != entry["sha256"]:
+            raise DataError(f"{path}: damaged: its sha256 is not the manifest's; {AGAIN}")
+        # Dataset.from_file would write the results of `map` beside the file, into DVC's output.
+        return datasets.Dataset(pa.ipc.open_stream(pa.memory_map(str(path))).read_all())
+
+    def check_fresh(self, settings: Settings) -> None:
+        """Check that this partition is the one that `settings` ask for.
+
+        Raises
+        ------
+        DataError
+            It was made with other settings; the message names each key, old and new value.
+        """
+        old, new = _flat(self.manifest["settings"]), _flat(partition_settings(settings))
+        changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        if changed:
+            listed = ", ".join(f"{key} {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}" for key in changed)
+            raise DataError(f"{self.path}: stale partition: {listed}; run `dvc repro` or `fedpipe partition`")
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat.update(
+            {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+        )
+    return flat

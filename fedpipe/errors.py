@@ -1,0 +1,58 @@
+"""Errors whose message is all a user needs: what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FedpipeError(Exception):
+    """A mistake in the input or the environment that the user can mend.
+
+    Command line tools print the message, without a traceback, and exit with `exit_code`.
+    """
+
+    exit_code = 2
+
+
+class SettingsError(FedpipeError):
+    """A key, a type or a combination in the settings is wrong."""
+
+
+class DataError(FedpipeError):
+    """The data, the partition or the backbone is not what the settings say."""
+
+
+class StateError(FedpipeError):
+    """A file of a run is missing, damaged, or in use by another process."""
+
+    exit_code = 3
+
+
+class StorageError(FedpipeError):
+    """The disk is full, read-only or out of reach. What was complete stays complete."""
+
+    exit_code = 4
+
+
+class PrivacyError(FedpipeError):
+    """The asked guarantee cannot be given, or a check of it failed."""
+
+
+class TrainingError(FedpipeError):
+    """Training did what it must not do: weights that stand still, values that are not finite."""
+
+    exit_code = 5
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """Return a half sentence with the nearest valid name, or all of them.
+
+    >>> nearest("dirichet", ["iid", "dirichlet"])
+    "did you mean 'dirichlet'?"
+    >>> nearest("x", ["iid", "shards"])
+    'expected one of: iid, shards'
+    """
+    names = [str(name) for name in valid]
+    close = difflib.get_close_matches(str(word), names, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"expected one of: {', '.join(names)}"

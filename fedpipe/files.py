@@ -1,0 +1,137 @@
+"""Files that are either whole or absent, and the digests that prove it.
+
+Every file that a run leaves behind is written here: to a temporary name in the same
+directory, flushed to disk, then renamed. A reader, or a process started after a crash,
+never meets half a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as dump_safetensors
+
+from fedpipe.errors import StateError, StorageError
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EROFS: "the file system is read-only; choose a place that can be written",
+    errno.EACCES: "permission denied; choose a place that this user can write",
+    errno.EPERM: "permission denied; choose a place that this user can write",
+}
+
+
+@contextlib.contextmanager
+def storage(path: Path) -> Iterator[None]:
+    """Turn an `OSError` on `path` into a `StorageError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+        raise StorageError(
+            f"{path}: cannot write: {reason}. Run the same command again; it goes on from the last complete step."
+        ) from error
+
+
+def canonical_json(value: Any) -> str:
+    """Serialise `value` to the one JSON text that is digested: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """Return the sha256, in hex, of the canonical JSON of `value`."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256, in hex, of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, content: bytes, mode: int = 0o644) -> str:
+    """Write `content` so that `path` holds either all of it or what it held before; return its sha256.
+
+    Raises
+    ------
+    StorageError
+        The disk is full, read-only or not writable; `path` is as it was.
+    """
+    with storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fchmod(file.fileno(), mode)
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        sync_directory(path.parent)
+    return hashlib.sha256(content).hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename durable: the entry lives in the directory, not in the file."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> str:
+    """Write `value` as indented JSON, atomically; return the file's sha256."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    return write_atomic(path, (text + "\n").encode())
+
+
+def read_json(path: Path, expected_digest: str | None = None) -> Any:
+    """Read a JSON file, after a check against `expected_digest` (sha256, hex) where one is given."""
+    return _parse(path, _read(path, expected_digest), json.loads, "JSON")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Write named tensors as safetensors, in the order of their names; return the file's sha256."""
+    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    return write_atomic(path, dump_safetensors(ordered))
+
+
+def read_tensors(path: Path, expected_digest: str | None = None) -> dict[str, torch.Tensor]:
+    """Read a safetensors file, after a check against `expected_digest` (sha256, hex) where one is given."""
+    return _parse(path, _read(path, expected_digest), load_safetensors, "safetensors")
+
+
+def _read(path: Path, expected_digest: str | None) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StateError(f"{path}: cannot be read: {error.strerror}") from error
+    if expected_digest is not None:
+        found = hashlib.sha256(content).hexdigest()
+        if found != expected_digest:
+            raise StateError(f"{path}: damaged: its sha256 is {found[:12]}…, expected {expected_digest[:12]}…")
+    return content
+
+
+def _parse(path: Path, content: bytes, parse: Callable[[bytes], Any], kind: str) -> Any:
+    try:
+        return parse(content)
+    except (ValueError, SafetensorError) as error:
+        raise StateError(f"{path}: is not a valid {kind} file: {error}") from error

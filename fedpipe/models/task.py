@@ -1,0 +1,164 @@
+"""What a task is: how to encode a record, the loss of one record, the metrics.
+
+A task is one small object, so that a new kind of problem touches nothing else. Records are
+kept encoded and ragged (no padding); a batch is padded to its own longest record only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from fedpipe.errors import DataError
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Encoded records, ragged.
+
+    Attributes
+    ----------
+    tokens : (sum of lengths,) int64, all records end to end
+    offsets : (records + 1,) int64, where each record starts
+    labels : (records,) int64
+    pad : the token that fills a batch up
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+    pad: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @classmethod
+    def join(cls, parts: Sequence[Encoded]) -> Encoded:
+        """Put several clients' records end to end, in the order given."""
+        shifts = np.cumsum([0, *(len(part.tokens) for part in parts)])
+        offsets = [part.offsets[:-1] + shift for part, shift in zip(parts, shifts, strict=False)]
+        return cls(
+            tokens=np.concatenate([part.tokens for part in parts]),
+            offsets=np.concatenate([*offsets, shifts[-1:]]),
+            labels=np.concatenate([part.labels for part in parts]),
+            pad=parts[0].pad,
+        )
+
+    def batch(self, records: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+        """Return model inputs, each (n, longest), and labels (n,) of the given records."""
+        lengths = self.lengths[records]
+        position = np.arange(lengths.max())
+        mask = position[None, :] < lengths[:, None]
+        source = np.minimum(self.offsets[records][:, None] + position[None, :], len(self.tokens) - 1)
+        tokens = np.where(mask, self.tokens[source], self.pad)
+        inputs = {
+            "input_ids": torch.from_numpy(tokens).to(device),
+            "attention_mask": torch.from_numpy(mask.astype(np.int64)).to(device),
+        }
+        return inputs, torch.from_numpy(self.labels[records]).to(device)
+
+
+class Task(Protocol):
+    """One kind of problem; `labels` are the names of the classes, in order."""
+
+    labels: tuple[str, ...]
+
+    def load(self, path: Path) -> tuple[PreTrainedModel, set[str]]:
+        """Load a backbone with this task's head; also return the names of parameters that were not in the file."""
+
+    def encode(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+        """Encode a client's records."""
+
+    def losses(self, outputs: Any, labels: Tensor) -> Tensor:
+        """Return the loss of each record: (n,), float32."""
+
+    def metrics(self, outputs: Any, labels: Tensor) -> dict[str, Tensor]:
+        """Return each record's contribution to the metrics: name -> (n,)."""
+
+
+@dataclass(frozen=True)
+class TextClassification:
+    """A label for a text; cross-entropy; accuracy."""
+
+    labels: tuple[str, ...]
+
+    def load(self, path: Path) -> tuple[PreTrainedModel, set[str]]:
+        names = dict(enumerate(self.labels))
+        try:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                path,
+                num_labels=len(names),
+                id2label=names,
+                label2id={label: index for index, label in names.items()},
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{path}: cannot be loaded as a text classifier: {_first_line(error)}") from error
+        mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
+        return model.eval(), set(info["missing_keys"]) | mismatched
+
+    def encode(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+        rows = tokenizer(list(dataset["text"]), truncation=True, max_length=max_length)["input_ids"]
+        index: Mapping[str, int] = {label: number for number, label in enumerate(self.labels)}
+        return Encoded(
+            tokens=np.concatenate([np.asarray(row, dtype=np.int64) for row in rows] or [np.zeros(0, dtype=np.int64)]),
+            offsets=np.cumsum([0, *map(len, rows)], dtype=np.int64),
+            labels=np.asarray([index[label] for label in dataset["label"]], dtype=np.int64),
+            pad=padding_token(tokenizer),
+        )
+
+    def losses(self, outputs: Any, labels: Tensor) -> Tensor:
+        return functional.cross_entropy(outputs.logits.float(), labels, reduction="none")
+
+    def metrics(self, outputs: Any, labels: Tensor) -> dict[str, Tensor]:
+        return {
+            "accuracy": (outputs.logits.argmax(-1) == labels).double(),
+            "loss": self.losses(outputs, labels).double(),
+        }
+
+
+TASKS: dict[str, type[TextClassification]] = {"text-classification": TextClassification}
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a backbone."""
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: has no tokenizer that can be loaded: {_first_line(error)}") from error
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the padding token; decoders often have none, and then the end-of-text token serves."""
+    token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return 0 if token is None else int(token)
+
+
+def linear_layers(model: nn.Module) -> set[str]:
+    """Return the last name of every module that LoRA can adapt (linear layers and GPT-2's Conv1D)."""
+    return {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    }
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

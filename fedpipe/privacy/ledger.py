@@ -1,0 +1,378 @@
+"""Who spent what: an append-only, hash-chained file with one line per noisy step of a client.
+
+A line is on disk before its step runs, so a crash can leave a step counted that did not run,
+and never one that ran uncounted. A step that is run again draws the same sample and the same
+noise (see `noise`), which is no new release: its line is there already and is not written
+twice. The same step under another query or another key is a new release, and is counted.
+
+The file is JSONL. The first line names the run, the unit of privacy and the adjacency. Every
+further line carries the sha256 of itself and of its client's line before it (the header, for
+a client's first line). There is one chain per client, so that what a client's chain says does
+not depend on the order in which workers finish. A chain shows every change inside it; that
+its end was cut off shows only against the `heads` that the run's reports keep. It is no
+signature: who can write the file can also write a new chain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fedpipe.errors import PrivacyError, StateError, nearest
+from fedpipe.files import sync_directory, canonical_json, digest, storage
+from fedpipe.privacy.accounting import Entry, epsilon, epsilon_prv, epsilon_rdp, merge
+
+log = logging.getLogger(__name__)
+
+Release = tuple[str, int, int, str]
+
+FORMAT = 1
+ADJACENCY = {
+    "record": "add/remove one record of one client",
+    "client": "add/remove one client with all its records",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """One noisy step of one client: a Gaussian mechanism on a Poisson sample.
+
+    `query` is the digest of all that defines what is released: settings, data, code, and an
+    identity of the key (`noise.key_id`), since under a new key the same step is a new release.
+    """
+
+    client: str
+    round: int
+    step: int
+    sigma: float
+    q: float
+    query: str
+    mechanism: str = "poisson-gaussian"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "float" and isinstance(value, float | int) and not isinstance(value, bool):
+                value = float(value)
+                object.__setattr__(self, field.name, value)
+            if type(value).__name__ != field.type:
+                raise PrivacyError(f"ledger entry: {field.name} is {value!r}; expected {field.type}")
+        merge([(self.sigma, self.q, 1)])
+
+    @property
+    def release(self) -> Release:
+        """What gives equal noise: entries with equal releases are one."""
+        return self.client, self.round, self.step, self.query
+
+
+class Ledger:
+    """The ledger of one run, shared by any number of threads and processes.
+
+    Parameters
+    ----------
+    path
+        The file. With a `run_id` it is made where there is none; without, it must be there.
+    run_id, unit
+        What the header says; the ledger of another run or unit is refused.
+
+    Raises
+    ------
+    StateError
+        The file is missing or cannot be read.
+    StorageError
+        It cannot be made.
+    PrivacyError
+        A line does not parse or does not chain, or the header is not as asked.
+    """
+
+    def __init__(self, path: Path, run_id: str | None = None, unit: str = "record") -> None:
+        self.path = path
+        self.header: dict[str, Any] = {}
+        self._mutex = threading.RLock()
+        self._failure: PrivacyError | None = None
+        self._forget()
+        if run_id is None:
+            self._refresh()
+            return
+        if unit not in ADJACENCY:
+            raise PrivacyError(f"ledger: unit '{unit}' spends no privacy; {nearest(unit, ADJACENCY)}")
+        header = {"format": FORMAT, "run_id": run_id, "unit": unit, "adjacency": ADJACENCY[unit]}
+        _create(path, _line(header))
+        self._refresh()
+        if self.header != header:
+            found, expected = canonical_json(self.header), canonical_json(header)
+            raise PrivacyError(f"{path}: is the ledger of {found}; expected {expected}")
+
+    def append(self, entries: Sequence[LedgerEntry]) -> None:
+        """Put entries on disk, in one write and one fsync, before the steps that they stand for run.
+
+        Entries of releases that are there already are not written again.
+
+        Raises
+        ------
+        PrivacyError
+            A release is there with another sigma or q, which would undo its noise; or the file was changed.
+        StorageError
+            The disk is full, read-only or not writable. The steps must not run.
+        """
+        with self._mutex, storage(self.path), _locked(self.path, os.O_RDWR | os.O_APPEND, fcntl.LOCK_EX) as handle:
+            self._catch_up(handle, repair=True)
+            lines, heads = b"", dict(self._heads)
+            for entry in self._fresh(entries):
+                value = asdict(entry) | {"prev": heads.get(entry.client, self._genesis)}
+                heads[entry.client] = digest(value)
+                lines += _line(value)
+            # Also where nothing is new: the lines of a writer that died may not be on disk yet.
+            _write(handle, lines)
+            self._catch_up(handle, repair=False)
+
+    def entries(self, client: str | None = None) -> tuple[LedgerEntry, ...]:
+        """Return all entries in the order of the file, or one client's."""
+        with self._mutex:
+            self._refresh()
+            return tuple(self._releases.values() if client is None else self._clients.get(client, ()))
+
+    def history(self, client: str, through_round: int | None = None) -> tuple[Entry, ...]:
+        """Return what a client spent, as merged `(sigma, q, steps)`, up to and including a round."""
+        entries = self.entries(client)
+        return merge((e.sigma, e.q, 1) for e in entries if through_round is None or e.round <= through_round)
+
+    def participations(self, client: str) -> int:
+        """Return in how many rounds a client took at least one step."""
+        return len({entry.round for entry in self.entries(client)})
+
+    def clients(self) -> tuple[str, ...]:
+        """Return the clients that have an entry, sorted."""
+        return tuple(self.heads())
+
+    def heads(self) -> dict[str, str]:
+        """Return the hash of every client's last line: what a copy of the ledger is checked against."""
+        with self._mutex:
+            self._refresh()
+            return dict(sorted(self._heads.items()))
+
+    def verify(self) -> None:
+        """Check every line again, from the start.
+
+        Raises
+        ------
+        PrivacyError
+            A line was changed, removed, added or moved; the message names the first that does not fit.
+        """
+        with self._mutex, _reading(self.path), _locked(self.path, os.O_RDONLY, fcntl.LOCK_SH) as handle:
+            known = set(self._heads.values())
+            self._forget()
+            self._catch_up(handle, repair=False)
+            if not known <= self._hashes:
+                raise self._damaged(self._lines + 1, "lines that were here are gone")
+
+    def _forget(self) -> None:
+        self._offset = self._lines = 0
+        self._genesis = ""
+        self._heads: dict[str, str] = {}
+        self._hashes: set[str] = set()
+        self._releases: dict[Release, LedgerEntry] = {}
+        self._clients: dict[str, list[LedgerEntry]] = {}
+
+    def _refresh(self) -> None:
+        """Take in what other workers appended."""
+        with self._mutex, _reading(self.path):
+            if self._failure is None and self._lines and os.stat(self.path).st_size == self._offset:
+                return
+            with _locked(self.path, os.O_RDONLY, fcntl.LOCK_SH) as handle:
+                self._catch_up(handle, repair=False)
+
+    def _catch_up(self, handle: int, repair: bool) -> None:
+        """Take in the lines from the last known one on; the caller holds the lock, so none is in the making."""
+        if self._failure is not None:
+            raise self._failure
+        size = os.fstat(handle).st_size
+        if size < self._offset:
+            raise self._damaged(self._lines, "lines that were here are gone")
+        *lines, torn = _read(handle, self._offset, size).split(b"\n")
+        for line in lines:
+            self._take(line + b"\n")
+            self._offset += len(line) + 1
+        if not self._lines:
+            raise self._damaged(1, "the header is missing")
+        if torn and repair:
+            log.warning("%s: dropped a torn last line; its step had not begun", self.path)
+            os.ftruncate(handle, self._offset)
+
+    def _take(self, line: bytes) -> None:
+        try:
+            value = json.loads(line)
+            claimed = value.pop("hash")
+            if _line(value) != line:
+                raise ValueError("its hash is not that of its content")
+            if self._lines:
+                self._take_entry(value, claimed)
+            else:
+                self._take_header(value, claimed)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, PrivacyError) as error:
+            raise self._damaged(self._lines + 1, str(error)) from None
+        self._lines += 1
+
+    def _take_header(self, value: dict[str, Any], claimed: str) -> None:
+        if value.get("format") != FORMAT or set(value) != {"format", "run_id", "unit", "adjacency"}:
+            raise ValueError(f"expected the header of a ledger of format {FORMAT}")
+        self.header, self._genesis = value, claimed
+
+    def _take_entry(self, value: dict[str, Any], claimed: str) -> None:
+        previous = value.pop("prev")
+        entry = LedgerEntry(**value)
+        if previous != self._heads.get(entry.client, self._genesis):
+            raise ValueError(f"it does not follow the line of {entry.client} before it")
+        if entry.release in self._releases:
+            raise ValueError("it repeats a release")
+        self._heads[entry.client] = claimed
+        self._hashes.add(claimed)
+        self._releases[entry.release] = entry
+        self._clients.setdefault(entry.client, []).append(entry)
+
+    def _fresh(self, entries: Sequence[LedgerEntry]) -> list[LedgerEntry]:
+        """Return the entries whose releases are not there yet, each once."""
+        fresh: dict[Release, LedgerEntry] = {}
+        for entry in entries:
+            known = self._releases.get(entry.release) or fresh.setdefault(entry.release, entry)
+            if known != entry:
+                raise PrivacyError(
+                    f"{self.path}: {entry.client}, round {entry.round}, step {entry.step} is recorded with sigma "
+                    f"{known.sigma} and q {known.q}, and asked for with {entry.sigma} and {entry.q} under the same "
+                    "query: one noise at two scales would cancel out. A query's digest must bind sigma and q"
+                )
+        return list(fresh.values())
+
+    def _damaged(self, number: int, reason: str) -> PrivacyError:
+        """Return the error that this object answers with from now on."""
+        self._failure = PrivacyError(
+            f"{self.path}: line {number}: {reason}. The ledger was changed or damaged, so epsilon is not known; "
+            "restore the file from a copy"
+        )
+        return self._failure
+
+
+def summary(
+    ledger: Ledger | None,
+    delta: float,
+    accountant: str,
+    sizes: Mapping[str, int],
+    *,
+    dp_valid: bool,
+    unit: str = "record",
+    sampling_rates: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Return what `reports/ledger.json` holds: per client, and for the run, what was spent.
+
+    Parameters
+    ----------
+    ledger
+        None where `unit` is `none`; epsilons are then null.
+    sizes
+        Records of every client of the federation, also of those that took no step.
+    dp_valid
+        Whether the guarantee holds: the noise was secret, and private.
+    sampling_rates
+        The planned rate of each client; without it, the largest one in the ledger.
+
+    Raises
+    ------
+    PrivacyError
+        The ledger has a client that `sizes` has not, or another unit.
+    """
+    private = unit != "none"
+    if private and (ledger is None or ledger.header["unit"] != unit):
+        raise PrivacyError(f"ledger: expected one of unit '{unit}'")
+    strangers = sorted(set(ledger.clients() if ledger else ()) - set(sizes))
+    if strangers:
+        raise PrivacyError(f"ledger: has the client '{strangers[0]}', which the partition has not")
+    clients: dict[str, dict[str, Any]] = {}
+    for client in sorted(sizes):
+        history = ledger.history(client) if ledger else ()
+        clients[client] = {
+            "records": sizes[client],
+            "sampling_rate": (sampling_rates or {}).get(client, max((q for _, q, _ in history), default=None)),
+            "entries": [list(entry) for entry in history],
+            "participations": ledger.participations(client) if ledger else 0,
+            "epsilon_prv": epsilon_prv(history, delta) if private else None,
+            "epsilon_rdp": epsilon_rdp(history, delta) if private else None,
+            "epsilon": epsilon(history, delta, accountant) if private else None,
+        }
+    return {
+        "unit": unit,
+        "adjacency": ADJACENCY.get(unit),
+        "delta": delta,
+        "accountant": accountant,
+        "epsilon_max": max((c["epsilon"] for c in clients.values()), default=0.0) if private else None,
+        "epsilon_max_rdp": max((c["epsilon_rdp"] for c in clients.values()), default=0.0) if private else None,
+        "dp_valid": dp_valid and private,
+        "head": ledger.heads() if ledger else {},
+        "clients": clients,
+    }
+
+
+def _create(path: Path, header: bytes) -> None:
+    """Make the file where it is missing, or where a crash in this very place left the start of a header."""
+    with storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX) as handle:
+            found = os.pread(handle, len(header), 0)
+            if found != header and header.startswith(found):
+                os.ftruncate(handle, 0)
+                _write(handle, header)
+        sync_directory(path.parent)
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return (canonical_json({**value, "hash": digest(dict(value))}) + "\n").encode()
+
+
+@contextlib.contextmanager
+def _locked(path: Path, flags: int, lock: int) -> Iterator[int]:
+    """Open and lock a file; each opening has a lock of its own, so threads exclude each other too."""
+    handle = os.open(path, flags | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(handle, lock)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StateError(f"{path}: the privacy ledger cannot be read: {error.strerror}") from error
+
+
+def _read(handle: int, start: int, stop: int) -> bytes:
+    content = b""
+    while start + len(content) < stop:
+        part = os.pread(handle, stop - start - len(content), start + len(content))
+        if not part:
+            break
+        content += part
+    return content
+
+
+def _write(handle: int, content: bytes) -> None:
+    """Append and flush, or leave the file as it was."""
+    size = os.fstat(handle).st_size
+    try:
+        # One write, unless the disk fills up in the middle of it: the next one then says so.
+        while content:
+            content = content[os.write(handle, content) :]
+        os.fsync(handle)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(handle, size)
+        raise

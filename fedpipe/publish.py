@@ -1,0 +1,141 @@
+"""What a complete run hands to its user: an adapter that stock peft loads, and the reports."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from fedpipe.files import write_atomic, write_json, write_tensors
+from fedpipe.privacy.ledger import summary
+from fedpipe.project import Project
+from fedpipe.state import Run
+from fedpipe.workspace import Workspace, open_workspace
+
+COLUMNS = (
+    "round",
+    "accuracy",
+    "loss",
+    "epsilon_max",
+    "epsilon_rdp",
+    "update_norm",
+    "update_norm_max",
+    "snr",
+    "participants",
+    "seconds",
+    "bytes_up",
+    "bytes_down",
+)
+
+
+def round_row(record: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return a round's record as flat numbers, under the names of `rounds.csv`; None where there is none."""
+    clients = record.get("clients", {}).values()
+    norms = [client["norm"] for client in clients]
+    ratios = [client["snr"] for client in clients if client["snr"] is not None]
+    row: dict[str, float | None] = {name: record.get(name) for name in COLUMNS}
+    row |= {name: record["metrics"].get(name) for name in ("accuracy", "loss")}
+    if norms:
+        row |= {"update_norm": sum(norms) / len(norms), "update_norm_max": max(norms), "participants": len(norms)}
+    if ratios:
+        row["snr"] = sum(ratios) / len(ratios)
+    return row
+
+
+def publish(run: Run, project: Project, mlflow: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Write `models/adapter` and `reports/` from a run whose last round is complete; return the metrics.
+
+    Everything comes from the run's directory, so it can be written again at any time.
+    """
+    _, workspace = open_workspace(run.root)
+    records = [run.round_record(number) for number in range(run.plan.rounds + 1)]
+    _write_adapter(run, project, workspace)
+    ledger = _ledger(run)
+    metrics = _metrics(run, workspace, records)
+    write_json(project.reports / "ledger.json", ledger)
+    write_atomic(project.reports / "rounds.csv", _csv([round_row(record) for record in records]))
+    write_json(project.reports / "run.json", _facts(run, workspace, records, mlflow))
+    write_json(project.reports / "metrics.json", metrics)
+    return metrics
+
+
+def shown_settings(run: Run) -> dict[str, Any]:
+    """Return the run's settings, flat, as they may be shown to anyone: no key, and no address of a store."""
+    flat = {key: value for key, value in run.settings.flat().items() if not key.startswith("tracking.")}
+    return flat | {"privacy.test_key": "set" if run.info["test_key"] else None}
+
+
+def _write_adapter(run: Run, project: Project, workspace: Workspace) -> None:
+    backbone = workspace.backbone
+    base = backbone.name if backbone.origin["kind"] == "hub" else str(backbone.path)
+    if backbone.path.is_relative_to(project.root):
+        base = str(backbone.path.relative_to(project.root))
+    write_tensors(project.adapter / "adapter_model.safetensors", run.adapter(run.plan.rounds))
+    write_json(project.adapter / "adapter_config.json", workspace.model.adapter_config(base))
+
+
+def _ledger(run: Run) -> dict[str, Any]:
+    plan = run.plan
+    return summary(
+        run.ledger if plan.private else None,
+        plan.delta,
+        plan.accountant,
+        sizes={name: client.records for name, client in plan.clients.items()},
+        dp_valid=run.dp_valid,
+        unit=plan.unit,
+        sampling_rates={name: client.sampling_rate for name, client in plan.clients.items()},
+    )
+
+
+def _metrics(run: Run, workspace: Workspace, records: list[dict[str, Any]]) -> dict[str, Any]:
+    last, histogram = records[-1], workspace.federation.manifest["test"]["histogram"]
+    return {
+        **last["metrics"],
+        "majority_share": max(histogram.values()) / sum(histogram.values()),
+        "epsilon_max": last["epsilon_max"],
+        "epsilon_rdp": last["epsilon_rdp"],
+        "delta": run.plan.delta,
+        "rounds": run.plan.rounds,
+        "dp_valid": run.dp_valid,
+        "unit": run.plan.unit,
+        "seconds": sum(record["seconds"] for record in records[1:]),
+        "bytes_up": sum(record["bytes_up"] for record in records[1:]),
+        "bytes_down": sum(record["bytes_down"] for record in records[1:]),
+    }
+
+
+def _facts(
+    run: Run, workspace: Workspace, records: list[dict[str, Any]], mlflow: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    method, info = workspace.method, run.info
+    return {
+        "run_id": info["run_id"],
+        "method": {"name": method.name, "summary": method.summary, "paper": method.paper, **method.axes},
+        "settings": shown_settings(run),
+        "dataset_digest": info["parts"]["dataset"],
+        "backbone": {"name": workspace.backbone.name, "digest": workspace.backbone.digest},
+        "code_digest": info["parts"]["code"],
+        "git_commit": info["git_commit"],
+        "versions": info["versions"],
+        "started": info["started"],
+        "dp_valid": run.dp_valid,
+        "mlflow": mlflow,
+        "trainable_parameters": sum(s.numel for s in workspace.model.specs if s.name in workspace.trained),
+        "clients_by_round": [
+            {
+                "round": record["round"],
+                "update_norm": {name: client["norm"] for name, client in record["clients"].items()},
+                "snr": {name: client["snr"] for name, client in record["clients"].items()},
+            }
+            for record in records[1:]
+        ],
+    }
+
+
+def _csv(rows: list[dict[str, float | None]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()

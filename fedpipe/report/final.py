@@ -1,0 +1,71 @@
+"""The final evaluation: the exported adapter, loaded as anyone would load it, on the test records.
+
+It goes through stock peft and the files in `models/adapter` only, so that what is reported
+is what a user gets, and not what the training held in memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from fedpipe.client.engine import micro_batches
+from fedpipe.data.federation import Federation
+from fedpipe.errors import StateError
+from fedpipe.files import read_json, write_json
+from fedpipe.models.source import open_backbone
+from fedpipe.models.task import TASKS, Task, load_tokenizer
+from fedpipe.project import Project
+
+
+def evaluate_adapter(project: Project) -> dict[str, Any]:
+    """Evaluate `models/adapter` on the test records; write and return `reports/evaluation.json`.
+
+    Raises
+    ------
+    StateError
+        There is no adapter, or no run wrote its reports yet.
+    """
+    if not (project.adapter / "adapter_config.json").exists() or not (project.reports / "run.json").exists():
+        raise StateError(f"{project.adapter}: no trained adapter here; run `fedpipe run` or `dvc repro` first")
+    settings = read_json(project.reports / "run.json")["settings"]
+    federation = Federation.open(project.partition)
+    backbone = open_backbone(project.backbone, settings["model.backbone"])
+    task = TASKS[settings["model.task"]](federation.labels)
+    model = load_adapter(task, backbone.path, project.adapter)
+    records = task.encode(federation.test(), load_tokenizer(backbone.path), settings["data.max_length"])
+    device = torch.device("cpu")
+    size = len(federation.labels)
+    confusion, loss = np.zeros((size, size), dtype=np.int64), 0.0
+    with torch.inference_mode():
+        for part in micro_batches(records.lengths, settings["runtime.tokens_per_batch"]):
+            inputs, labels = records.batch(part, device)
+            outputs = model(**inputs)
+            loss += float(task.losses(outputs, labels).double().sum())
+            np.add.at(confusion, (labels.numpy(), outputs.logits.argmax(-1).numpy()), 1)
+    evaluation = _summary(federation.labels, confusion, loss)
+    write_json(project.reports / "evaluation.json", evaluation)
+    return evaluation
+
+
+def load_adapter(task: Task, backbone: Path, adapter: Path) -> PeftModel:
+    """Load an exported adapter onto its backbone with stock peft."""
+    base, _ = task.load(backbone)
+    return PeftModel.from_pretrained(base, adapter).eval()
+
+
+def _summary(labels: tuple[str, ...], confusion: np.ndarray, loss: float) -> dict[str, Any]:
+    """Rows of the confusion matrix are the true labels, columns the predicted ones."""
+    rows, total = confusion.sum(1), int(confusion.sum())
+    return {
+        "accuracy": float(np.trace(confusion)) / total,
+        "loss": loss / total,
+        "records": total,
+        "majority_share": int(rows.max()) / total,
+        "recall": {label: int(confusion[i, i]) / int(rows[i]) if rows[i] else None for i, label in enumerate(labels)},
+        "confusion": {"labels": list(labels), "matrix": confusion.tolist()},
+    }

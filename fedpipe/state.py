@@ -1,0 +1,214 @@
+"""The state of a run on disk: safetensors and JSON, atomic, each file named by its digest in the next.
+
+```
+runs/<run id>/
+  run.json                settings, identity, versions: written once
+  runtime.json            the settings that may change between a crash and a restart
+  plan.json               the plan
+  ledger.jsonl            what was spent, written before it was spent
+  secrets/noise.key       the noise key; destroyed when the run is complete
+  rounds/0003/round.json  the round is complete once this is there
+```
+A round's directory holds `plan.json` (who trains, from which state), `updates/` (one file a
+client), `cohort-00.json` (a cohort is complete once this is there), `adapter.safetensors`
+(the global state after the round) and `round.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedpipe.config import Settings, parse_settings
+from fedpipe.errors import StateError
+from fedpipe.files import read_json, read_tensors, storage, write_json
+from fedpipe.identity import Identity, changed_keys, git_commit, versions
+from fedpipe.plan import Plan
+from fedpipe.privacy.ledger import Ledger
+from fedpipe.privacy.noise import destroy_key, new_key, read_key, write_key
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's directory. Cheap to make; reads files when asked."""
+
+    root: Path
+
+    @cached_property
+    def info(self) -> dict[str, Any]:
+        return read_json(self.root / "run.json")
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The settings of the run, with how it is computed *now*; the test key, if any, is in the key file only."""
+        values = {**self.info["settings"], **read_json(self.root / "runtime.json")}
+        return parse_settings(values, where=str(self.root / "run.json"))
+
+    @cached_property
+    def plan(self) -> Plan:
+        return Plan.from_json(read_json(self.root / "plan.json", self.info["plan_sha256"]))
+
+    @property
+    def dp_valid(self) -> bool:
+        """Whether the run's epsilon may be believed: private, and with a secret key."""
+        return bool(self.info["dp_valid"])
+
+    @property
+    def key_path(self) -> Path:
+        return self.root / "secrets" / "noise.key"
+
+    @property
+    def key(self) -> bytes:
+        """The key of all streams; without privacy it is public, and made from the seed."""
+        if not self.plan.private:
+            return hashlib.sha256(f"fedpipe without privacy {self.settings.seed}".encode()).digest()
+        return read_key(self.key_path)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(self.root / "ledger.jsonl", self.info["run_id"], self.plan.unit)
+
+    def round_dir(self, round: int) -> Path:
+        return self.root / "rounds" / f"{round:04d}"
+
+    def adapter_path(self, round: int) -> Path:
+        return self.round_dir(round) / "adapter.safetensors"
+
+    def round_record(self, round: int) -> dict[str, Any] | None:
+        """Return what a complete round recorded, or None."""
+        path = self.round_dir(round) / "round.json"
+        return read_json(path) if path.exists() else None
+
+    def completed_rounds(self) -> int:
+        """Return the number of the last complete round: -1 before the start state is there."""
+        number = -1
+        while (self.round_dir(number + 1) / "round.json").exists():
+            number += 1
+        return number
+
+    def adapter(self, round: int) -> dict[str, Tensor]:
+        """Return the global state after a complete round, checked against its digest."""
+        record = self.round_record(round)
+        if record is None:
+            raise StateError(f"{self.round_dir(round)}: the round is not complete")
+        try:
+            return read_tensors(self.adapter_path(round), record["state"])
+        except StateError as error:
+            raise StateError(f"{error}; delete {self.round_dir(round)} and run again: it is computed anew") from None
+
+    @property
+    def complete(self) -> bool:
+        return (self.root / "complete.json").exists()
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Mark the run complete and destroy its noise key."""
+        write_json(self.root / "complete.json", summary)
+        if self.key_path.exists():
+            destroy_key(self.key_path)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run: one process at a time drives its rounds.
+
+        Raises
+        ------
+        StateError
+            Another process holds it; the message says which. The lock ends with its process.
+        """
+        path = self.root / "lock"
+        with storage(path):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+                raise StateError(f"{self.root}: in use by {holder}; wait for it, or stop it and run again") from None
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            yield
+        finally:
+            os.close(handle)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run that was opened: whether it was there before, and what made it another than the last one."""
+
+    run: Run
+    resumed: bool
+    changes: tuple[str, ...] = ()
+    previous: str | None = None
+
+
+def open_run(runs: Path, identity: Identity, settings: Settings, make_plan: Callable[[], Plan]) -> Opened:
+    """Open the run of this identity, or make its directory.
+
+    Parameters
+    ----------
+    runs : directory of all runs
+    make_plan : called for a new run only, since calibration takes a while
+    """
+    root = runs / identity.run_id
+    run = Run(root)
+    if (root / "run.json").exists():
+        if run.info["identity"] != identity.run:
+            raise StateError(f"{root}: belongs to a run with another identity; move it away and run again")
+        _write_runtime(root, settings)
+        return Opened(run, resumed=True)
+    previous = _latest(runs)
+    plan = make_plan()
+    plan_sha256 = write_json(root / "plan.json", plan.to_json())
+    if plan.private:
+        _make_key(run, settings)
+    _write_runtime(root, settings)
+    # A tracking URI may hold a password, and is no part of what was computed.
+    values = settings.model_dump(mode="json", exclude={"tracking"})
+    values["privacy"]["test_key"] = None
+    write_json(
+        root / "run.json",
+        {
+            "format": 1,
+            "run_id": identity.run_id,
+            "identity": identity.run,
+            "query": identity.query,
+            "parts": identity.parts,
+            "settings": values,
+            "plan_sha256": plan_sha256,
+            "dp_valid": plan.private and settings.privacy.test_key is None,
+            "test_key": settings.privacy.test_key is not None,
+            "git_commit": git_commit(Path.cwd()),
+            "versions": versions(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
+    changes = changed_keys(previous.info["parts"], identity.parts) if previous else []
+    return Opened(run, resumed=False, changes=tuple(changes), previous=previous.root.name if previous else None)
+
+
+def _write_runtime(root: Path, settings: Settings) -> None:
+    """Keep what may change between a crash and a restart, such as a smaller token budget."""
+    write_json(root / "runtime.json", settings.model_dump(mode="json", include={"runtime"}))
+
+
+def _make_key(run: Run, settings: Settings) -> None:
+    """Write the key before `run.json`: a crash between the two leaves a key that no noise was drawn from."""
+    run.key_path.unlink(missing_ok=True)
+    write_key(run.key_path, bytes.fromhex(settings.privacy.test_key) if settings.privacy.test_key else new_key())
+
+
+def _latest(runs: Path) -> Run | None:
+    """Return the run that was started last, whatever became of it."""
+    files = sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
+    return Run(files[-1].parent) if files else None

@@ -1,0 +1,140 @@
+"""What one process keeps of a run: the opened partition, the backbone, encoded records, idle models.
+
+Loading a backbone takes longer than a small round, so tasks of one process share it. A model
+holds the adapters of the batch it is working on; each task therefore checks one out, and the
+copies share the frozen weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fedpipe.client.engine import CohortEngine, Engine
+from fedpipe.client.reference import OpacusEngine
+from fedpipe.config import Settings
+from fedpipe.data.federation import Federation
+from fedpipe.errors import SettingsError
+from fedpipe.files import file_digest
+from fedpipe.methods import Method, compose
+from fedpipe.models.lora import AdaptedModel, build_model
+from fedpipe.models.source import Backbone, open_backbone
+from fedpipe.models.task import TASKS, Encoded, Task, load_tokenizer
+from fedpipe.project import Project
+from fedpipe.state import Run
+
+
+class Workspace:
+    """The things of a run that are expensive to make, each made once, when first asked for."""
+
+    def __init__(self, project: Project, settings: Settings) -> None:
+        self.project = project
+        self.settings = settings
+        self._lock = threading.RLock()
+        self._idle: list[AdaptedModel] = []
+        self._encoded: dict[str, Encoded] = {}
+
+    @cached_property
+    def federation(self) -> Federation:
+        return Federation.open(self.project.partition)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        return open_backbone(self.project.backbone, self.settings.model.backbone)
+
+    @cached_property
+    def method(self) -> Method:
+        return compose(self.settings)
+
+    @cached_property
+    def device(self) -> torch.device:
+        return choose_device(self.settings.runtime.device)
+
+    @cached_property
+    def task(self) -> Task:
+        return TASKS[self.settings.model.task](self.federation.labels)
+
+    @cached_property
+    def model(self) -> AdaptedModel:
+        """The backbone with LoRA, unchanged otherwise; the reference engine trains on this one."""
+        model = build_model(self.backbone, self.task, self.settings.lora, self.settings.seed)
+        model.model.to(self.device)
+        return model
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """The tensors that some method may train: all, or all but the head."""
+        specs = self.model.specs
+        return frozenset(spec.name for spec in specs if spec.factor != "head" or self.settings.lora.train_head)
+
+    @contextlib.contextmanager
+    def batched_model(self) -> Iterator[AdaptedModel]:
+        """Check a batched model out; another one is made when all are in use."""
+        with self._lock:
+            model = self._idle.pop() if self._idle else self.model.to_batched()
+        try:
+            yield model
+        finally:
+            with self._lock:
+                self._idle.append(model)
+
+    @contextlib.contextmanager
+    def engine(self) -> Iterator[tuple[Engine, AdaptedModel]]:
+        """Check the engine of the settings out, with the model that it works on."""
+        runtime = self.settings.runtime
+        if runtime.engine == "opacus":
+            with self._lock:
+                yield OpacusEngine(self.model, self.device, runtime.precision, runtime.tokens_per_batch), self.model
+        else:
+            with self.batched_model() as model:
+                yield CohortEngine(model, self.device, runtime.precision, runtime.tokens_per_batch), model
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.backbone.path)
+
+    def records(self, client: str | None) -> Encoded:
+        """Return a client's encoded records, or with None the test records."""
+        with self._lock:
+            key = client or ""
+            if key not in self._encoded:
+                dataset = self.federation.test() if client is None else self.federation.client(client)
+                self._encoded[key] = self.task.encode(dataset, self._tokenizer, self.settings.data.max_length)
+            return self._encoded[key]
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of the settings; `auto` takes a GPU where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("runtime.device: found 'cuda', but torch sees no GPU here; use auto or cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Sums of floats depend on their order; a resumed run must add in the same one.
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return torch.device("cuda")
+
+
+@lru_cache(maxsize=2)
+def _shared(project: Project, settings: Settings, partition: str) -> Workspace:
+    return Workspace(project, settings)
+
+
+def workspace_of(project: Project, settings: Settings) -> Workspace:
+    """Return this process's workspace for these settings and the partition that is there now."""
+    manifest = project.partition / "manifest.json"
+    stamp = file_digest(manifest) if manifest.exists() else ""
+    keyless = settings.privacy.model_copy(update={"test_key": None})
+    return _shared(project, settings.model_copy(update={"privacy": keyless}), stamp)
+
+
+def open_workspace(run_dir: Path) -> tuple[Run, Workspace]:
+    """Return a run and this process's workspace for it."""
+    run = Run(run_dir)
+    return run, workspace_of(Project(run_dir.parents[1]), run.settings)

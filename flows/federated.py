@@ -1,0 +1,123 @@
+"""The federated experiment as a Prefect flow: what runs in which order.
+
+data and backbone -> partition -> plan -> rounds (cohorts -> aggregate -> evaluate -> record)
+-> publish. Every step leaves files behind and can be repeated, so a run that was killed goes
+on when the flow is started again, by whatever means.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, runtime
+from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from fedpipe.config import TrackingSettings, load_settings
+from fedpipe.errors import FedpipeError
+from fedpipe.project import Project
+from fedpipe.publish import round_row
+from fedpipe.state import Run
+from fedpipe.terminal import Progress, make_progress
+from fedpipe.tracking import Tracker
+from flows.describe import describe, header, places, round_metrics, summarise
+from tasks import data, rounds
+
+
+def _flow_run_name() -> str:
+    """Name the flow run by its method; a mistake in the settings is reported by the plan, not here."""
+    given = runtime.flow_run.parameters
+    try:
+        settings = load_settings(Path(given["params_file"]), given["overrides"] or {})
+    except FedpipeError:
+        return "federated"
+    return f"{settings.method.name} / {settings.federation.rounds} rounds / seed {settings.seed}"
+
+
+@flow(name="federated", flow_run_name=_flow_run_name, task_runner=ThreadPoolTaskRunner(max_workers=2))
+def federated(
+    params_file: str = "params.yaml", overrides: dict[str, Any] | None = None, make_data: bool = True
+) -> dict[str, Any]:
+    """Run the experiment of a settings file; run again after a crash, it goes on.
+
+    Parameters
+    ----------
+    params_file : the settings; everything that the run leaves behind is beside this file
+    overrides : `section.key` -> value, laid over the settings
+    make_data : obtain data and backbone and partition the records where they are missing or
+        stale; without it (under DVC, which does that itself) they must be there and fresh
+    """
+    path, overrides = str(Path(params_file).resolve()), overrides or {}
+    project, tracking = Project(Path(path).parent), load_settings(Path(path), overrides).tracking
+    if make_data:
+        data.fetch(path, overrides)
+        data.partition(path, overrides)
+    opened = rounds.plan(path, overrides)
+    run = Run(Path(opened["run_dir"]))
+    progress = make_progress()
+    with run.lock():
+        try:
+            return _experiment(run, project, opened, tracking, progress)
+        finally:
+            progress.close()
+
+
+def _experiment(
+    run: Run, project: Project, opened: Mapping[str, Any], tracking: TrackingSettings, progress: Progress
+) -> dict[str, Any]:
+    progress.start(header(run))
+    if opened["changes"]:
+        progress.note(f"a new run; since {opened['previous']}: " + "; ".join(opened["changes"]))
+    tracker = Tracker.open(tracking, describe(run), run.root / "mlflow.json")
+    status = "FAILED"
+    try:
+        _rounds(run, tracker, progress)
+        metrics = rounds.publish(str(run.root), tracker.info or None)
+        last = round_metrics(run.round_record(run.plan.rounds))
+        tracker.log_final(last, project.adapter, project.reports, summarise(run, metrics))
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        info = tracker.close(status)
+    if info:
+        rounds.publish(str(run.root), info)
+    run.finish(metrics)
+    summary = {**metrics, **places(run, project), "mlflow": info or None}
+    progress.finish(summary)
+    return summary
+
+
+def _rounds(run: Run, tracker: Tracker, progress: Progress) -> None:
+    done = run.completed_rounds()
+    bar = create_progress_artifact(progress=100 * done / run.plan.rounds, key="rounds-done", description=run.root.name)
+    for number in range(done + 1):
+        # What was recorded just before a crash may not have been logged.
+        tracker.log_round(number, round_metrics(run.round_record(number)), run.round_dir(number))
+    for number in range(done + 1, run.plan.rounds + 1):
+        record = _round(run, number, progress)
+        tracker.log_round(number, round_metrics(record), run.round_dir(number))
+        progress.round_done(number, round_row(record))
+        update_progress_artifact(bar, 100 * number / run.plan.rounds)
+    rows = [round_row(run.round_record(number)) for number in range(run.plan.rounds + 1)]
+    create_table_artifact(table=rows, key="rounds", description=run.root.name)
+
+
+def _round(run: Run, number: int, progress: Progress) -> dict[str, Any]:
+    started = time.monotonic()
+    run_dir = str(run.root)
+    cohorts = rounds.begin_round(run_dir, number)["cohorts"]
+    total, clients = sum(map(len, cohorts)), 0
+    futures = [rounds.train_cohort.submit(run_dir, number, cohort) for cohort in range(len(cohorts))]
+    listed = []
+    for future, members in zip(futures, cohorts, strict=True):
+        listed.append(future.result())
+        clients += len(members)
+        progress.clients_done(number, clients, total)
+    aggregated = rounds.aggregate(run_dir, number, listed)
+    metrics = rounds.evaluate(run_dir, number, aggregated["state"])
+    return rounds.record(run_dir, number, aggregated, metrics, time.monotonic() - started)

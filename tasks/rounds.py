@@ -1,0 +1,63 @@
+"""Tasks of a run: plan, and for each round train, aggregate, evaluate and record; then publish."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from fedpipe import steps
+from fedpipe.config import load_settings
+from fedpipe.project import Project
+from fedpipe.publish import publish as publish_run
+from fedpipe.state import Run
+from tasks.policy import RETRIED, STEP
+
+
+@task(name="plan", task_run_name="plan", **STEP)
+def plan(params_file: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Check everything, decide the run, and open its directory."""
+    path = Path(params_file)
+    opened = steps.prepare(Project(path.parent), load_settings(path, overrides))
+    return {
+        "run_dir": str(opened.run.root),
+        "resumed": opened.resumed,
+        "changes": list(opened.changes),
+        "previous": opened.previous,
+    }
+
+
+@task(name="begin round", task_run_name="round {round} / begin", **STEP)
+def begin_round(run_dir: str, round: int) -> dict[str, Any]:
+    return steps.begin_round(Path(run_dir), round)
+
+
+@task(name="train cohort", task_run_name="round {round} / cohort {cohort}", **RETRIED)
+def train_cohort(run_dir: str, round: int, cohort: int) -> dict[str, str]:
+    """Train a cohort. Trying again is safe: the same batches, the same noise, no second ledger entry."""
+    return steps.train(Path(run_dir), round, cohort)
+
+
+@task(name="aggregate", task_run_name="round {round} / aggregate", **RETRIED)
+def aggregate(run_dir: str, round: int, cohorts: list[dict[str, str]]) -> dict[str, Any]:
+    return steps.aggregate(Path(run_dir), round, cohorts)
+
+
+@task(name="evaluate", task_run_name="round {round} / evaluate", **RETRIED)
+def evaluate(run_dir: str, round: int, state: str) -> dict[str, float]:
+    return steps.evaluate_round(Path(run_dir), round, state)
+
+
+@task(name="record", task_run_name="round {round} / record", **STEP)
+def record(
+    run_dir: str, round: int, aggregated: dict[str, Any], metrics: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    return steps.finish_round(Path(run_dir), round, aggregated, metrics, seconds)
+
+
+@task(name="publish", task_run_name="publish", **RETRIED)
+def publish(run_dir: str, mlflow: dict[str, Any] | None) -> dict[str, Any]:
+    """Write the adapter and the reports from the run's state."""
+    run = Run(Path(run_dir))
+    return publish_run(run, Project(run.root.parents[1]), mlflow)
