@@ -75,9 +75,13 @@ class Run:
             return hashlib.sha256(f"fedpipe without privacy {self.settings.seed}".encode()).digest()
         return read_key(self.key_path)
 
+    @property
+    def ledger_path(self) -> Path:
+        return self.root / "ledger.jsonl"
+
     @cached_property
     def ledger(self) -> Ledger:
-        return Ledger(self.root / "ledger.jsonl", self.info["run_id"], self.plan.unit)
+        return Ledger(self.ledger_path)
 
     def round_dir(self, round: int) -> Path:
         return self.root / "rounds" / f"{round:04d}"
@@ -171,7 +175,10 @@ def open_run(runs: Path, identity: Identity, settings: Settings, make_plan: Call
     plan = make_plan()
     plan_sha256 = write_json(root / "plan.json", plan.to_json())
     if plan.private:
+        # Both before `run.json`, and never again: a run that lost its ledger must not start from zero.
         _make_key(run, settings)
+        run.ledger_path.unlink(missing_ok=True)
+        Ledger(run.ledger_path, identity.run_id, plan.unit)
     _write_runtime(root, settings)
     # A tracking URI may hold a password, and is no part of what was computed.
     values = settings.model_dump(mode="json", exclude={"tracking"})

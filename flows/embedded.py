@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -76,7 +77,7 @@ def _start(home: Path, timeout: float) -> str:
         opener.open(f"{url}/health", timeout=timeout).close()
     except OSError as error:
         _stop(_started)
-        raise FedpipeError(f"Prefect's server did not start: {_last_line(log) or error}. All of it: {log}") from error
+        raise FedpipeError(f"Prefect's server did not start: {_reason(log) or error}. All of it: {log}") from error
     return url
 
 
@@ -102,13 +103,15 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
         server.wait()
 
 
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+def _reason(log: Path) -> str:
+    """Return the last line that names an error, such as `OperationalError: disk is full`, or else the last line."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception)\b", line)]
+    return (errors or lines or [""])[-1].rstrip(".")
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    os.read(0, 1)  # not through sys.stdin, whose lock would then be held when the interpreter ends
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(10)
     os._exit(1)

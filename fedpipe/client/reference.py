@@ -56,8 +56,10 @@ class OpacusEngine:
 
     def _gradients(self, inputs: Mapping[str, Tensor], labels: Tensor, active: Sequence[TensorSpec]) -> State:
         parameters = {spec.name: self._parameter(spec) for spec in active}
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
+        for spec in active:
+            parameters[spec.name].requires_grad_(True)
+            # Opacus' hooks are silent in evaluation mode; a linear layer is the same in both.
+            self.model.model.get_submodule(spec.module).train()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that hooks see no gradient of the (integer) inputs
             hooked = GradSampleModule(self.model.model.get_base_model(), loss_reduction="sum")
@@ -68,7 +70,6 @@ class OpacusEngine:
                 return {name: parameter.grad_sample.detach() for name, parameter in parameters.items()}
             finally:
                 hooked.remove_hooks()
-                hooked.del_grad_sample()
                 for parameter in parameters.values():
                     parameter.requires_grad_(False)
-                    parameter.grad = None
+                    parameter.grad = parameter.grad_sample = None

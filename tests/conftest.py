@@ -1,0 +1,35 @@
+"""Fixtures: nothing reaches the network, the user's home or a store outside a temporary directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+from tiny import make_project
+
+from fedpipe.config import Settings
+from fedpipe.project import Project
+from fedpipe.workspace import Workspace
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Settings]:
+    """A tiny project that tests read and must not write to."""
+    return make_project(tmp_path_factory.mktemp("tiny") / "project")
+
+
+@pytest.fixture(scope="session")
+def workspace(tiny: tuple[Project, Settings]) -> Iterator[Workspace]:
+    yield Workspace(*tiny)
+
+
+@pytest.fixture
+def project_dir(tmp_path: Path) -> Path:
+    return tmp_path / "project"
