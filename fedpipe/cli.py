@@ -32,7 +32,13 @@ class _Commands(click.Group):
 @click.version_option(package_name="fedpipe")
 def main() -> None:
     """Federated LoRA fine-tuning under differential privacy, run as a reproducible experiment."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    # On our own logger only: Prefect takes over the root logger's handlers, and logs every task to them.
+    log = logging.getLogger("fedpipe")
+    log.propagate = False
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        log.addHandler(handler)
 
 
 def _with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,24 +85,27 @@ def partition(params: Path, overrides: tuple[str, ...]) -> None:
 @_with_settings
 def train(params: Path, overrides: tuple[str, ...]) -> None:
     """Train from the partition that is there; what the DVC pipeline calls."""
-    _flow(params, overrides, make_data=False)
+    _flow(params, overrides, standalone=False)
 
 
 @main.command()
 @_with_settings
 def run(params: Path, overrides: tuple[str, ...]) -> None:
     """Do everything: fetch, partition, train, report. Run again after a crash, it goes on."""
-    # A wrong key must not wait for Prefect to start.
-    _open(params, overrides)
-    _flow(params, overrides, make_data=True)
-    _report(params)
+    _flow(params, overrides, standalone=True)
 
 
 @main.command()
 @click.option("--params", default="params.yaml", type=click.Path(path_type=Path), show_default=True)
 def report(params: Path) -> None:
     """Evaluate the adapter as a user would load it, and write reports/report.html."""
-    click.echo(_report(params))
+    from fedpipe.project import Project
+    from fedpipe.report import write_report
+    from fedpipe.report.final import evaluate_adapter
+
+    project = Project(params.resolve().parent)
+    evaluate_adapter(project)
+    click.echo(write_report(project))
 
 
 @main.command()
@@ -142,11 +151,12 @@ def _open(params: Path, overrides: tuple[str, ...]) -> tuple[Any, Any]:
     return settings, Project(params.resolve().parent)
 
 
-def _flow(params: Path, overrides: tuple[str, ...], make_data: bool) -> None:
-    """Run the Prefect flow in this process."""
+def _flow(params: Path, overrides: tuple[str, ...], standalone: bool) -> None:
+    """Run the Prefect flow in this process. The one place where the library reaches up to the flows."""
     from fedpipe.config import parse_override
     from flows.settings import quiet
 
+    # A wrong key must not wait for Prefect to start.
     _open(params, overrides)
     quiet(params.resolve().parent)
     from flows.embedded import prefect_api
@@ -154,14 +164,4 @@ def _flow(params: Path, overrides: tuple[str, ...], make_data: bool) -> None:
     with prefect_api():
         from flows.federated import federated
 
-        federated(str(params), dict(map(parse_override, overrides)), make_data)
-
-
-def _report(params: Path) -> Path:
-    from fedpipe.project import Project
-    from fedpipe.report import write_report
-    from fedpipe.report.final import evaluate_adapter
-
-    project = Project(params.resolve().parent)
-    evaluate_adapter(project)
-    return write_report(project)
+        federated(str(params), dict(map(parse_override, overrides)), standalone)

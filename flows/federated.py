@@ -39,7 +39,7 @@ def _flow_run_name() -> str:
 
 @flow(name="federated", flow_run_name=_flow_run_name, task_runner=ThreadPoolTaskRunner(max_workers=2))
 def federated(
-    params_file: str = "params.yaml", overrides: dict[str, Any] | None = None, make_data: bool = True
+    params_file: str = "params.yaml", overrides: dict[str, Any] | None = None, standalone: bool = True
 ) -> dict[str, Any]:
     """Run the experiment of a settings file; run again after a crash, it goes on.
 
@@ -47,12 +47,12 @@ def federated(
     ----------
     params_file : the settings; everything that the run leaves behind is beside this file
     overrides : `section.key` -> value, laid over the settings
-    make_data : obtain data and backbone and partition the records where they are missing or
-        stale; without it (under DVC, which does that itself) they must be there and fresh
+    standalone : obtain data and backbone, partition the records where that is missing or stale,
+        and write the report; under DVC, which has stages for these, they are left to it
     """
     path, overrides = str(Path(params_file).resolve()), overrides or {}
     project, tracking = Project(Path(path).parent), load_settings(Path(path), overrides).tracking
-    if make_data:
+    if standalone:
         data.fetch(path, overrides)
         data.partition(path, overrides)
     opened = rounds.plan(path, overrides)
@@ -60,13 +60,18 @@ def federated(
     progress = make_progress()
     with run.lock():
         try:
-            return _experiment(run, project, opened, tracking, progress)
+            return _experiment(run, project, opened, tracking, progress, standalone)
         finally:
             progress.close()
 
 
 def _experiment(
-    run: Run, project: Project, opened: Mapping[str, Any], tracking: TrackingSettings, progress: Progress
+    run: Run,
+    project: Project,
+    opened: Mapping[str, Any],
+    tracking: TrackingSettings,
+    progress: Progress,
+    standalone: bool,
 ) -> dict[str, Any]:
     progress.start(header(run))
     if opened["changes"]:
@@ -76,6 +81,8 @@ def _experiment(
     try:
         _rounds(run, tracker, progress)
         metrics = rounds.publish(str(run.root), tracker.info or None)
+        if standalone:
+            rounds.report(str(run.root))
         last = round_metrics(run.round_record(run.plan.rounds))
         tracker.log_final(last, project.adapter, project.reports, summarise(run, metrics))
         status = "FINISHED"
@@ -84,8 +91,6 @@ def _experiment(
         raise
     finally:
         info = tracker.close(status)
-    if info:
-        rounds.publish(str(run.root), info)
     run.finish(metrics)
     summary = {**metrics, **places(run, project), "mlflow": info or None}
     progress.finish(summary)

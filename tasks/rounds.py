@@ -11,6 +11,8 @@ from fedpipe import steps
 from fedpipe.config import load_settings
 from fedpipe.project import Project
 from fedpipe.publish import publish as publish_run
+from fedpipe.report import write_report
+from fedpipe.report.final import evaluate_adapter
 from fedpipe.state import Run
 from tasks.policy import RETRIED, STEP
 
@@ -61,3 +63,11 @@ def publish(run_dir: str, mlflow: dict[str, Any] | None) -> dict[str, Any]:
     """Write the adapter and the reports from the run's state."""
     run = Run(Path(run_dir))
     return publish_run(run, Project(run.root.parents[1]), mlflow)
+
+
+@task(name="report", task_run_name="report", **RETRIED)
+def report(run_dir: str) -> str:
+    """Evaluate the adapter as a user would load it, and write the page; return its path."""
+    project = Project(Run(Path(run_dir)).root.parents[1])
+    evaluate_adapter(project)
+    return str(write_report(project))

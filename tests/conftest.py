@@ -27,7 +27,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Settings]:
 
 @pytest.fixture(scope="session")
 def workspace(tiny: tuple[Project, Settings]) -> Iterator[Workspace]:
-    yield Workspace(*tiny)
+    return Workspace(*tiny)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,12 @@ def random_state(workspace: Workspace, clients: int, seed: int = 0) -> dict[str,
 
 
 def one_by_one(
-    workspace: Workspace, state: dict[str, Tensor], records: Encoded, row: int, batch: np.ndarray, specs: list[TensorSpec]
+    workspace: Workspace,
+    state: dict[str, Tensor],
+    records: Encoded,
+    row: int,
+    batch: np.ndarray,
+    specs: list[TensorSpec],
 ) -> list[dict[str, Tensor]]:
     """The gradient of each record alone, by plain autograd on the unchanged peft model."""
     model, gradients = workspace.model, []
@@ -66,7 +73,9 @@ def test_sums_are_those_of_a_loop_over_records(workspace: Workspace, active: str
     specs = [spec for spec in workspace.model.specs if ACTIVE[active](spec)]
     state = random_state(workspace, 3)
     records = [workspace.records(client) for client in workspace.federation.clients]
-    sums = CohortEngine(workspace.model.to_batched(), CPU, "fp32", 64).clipped_sums(state, records, BATCHES, specs, clip)
+    sums = CohortEngine(workspace.model.to_batched(), CPU, "fp32", 64).clipped_sums(
+        state, records, BATCHES, specs, clip
+    )
     assert set(sums) == {spec.name for spec in specs}
     for row, batch in enumerate(BATCHES):
         expected = naive_sums(one_by_one(workspace, state, records[row], row, batch, specs), clip)
@@ -155,7 +164,7 @@ def test_micro_batches_cover_sort_and_keep_the_budget() -> None:
     flat = lengths[np.concatenate(parts)]
     assert (np.diff(flat) >= 0).all()
     # Greedy: no part could have taken the next record as well.
-    for part, following in zip(parts, parts[1:], strict=False):
+    for part, following in itertools.pairwise(parts):
         assert (len(part) + 1) * lengths[following[0]] > 160
 
 
@@ -167,7 +176,9 @@ def test_a_record_longer_than_the_budget_stands_alone() -> None:
 def test_only_active_tensors_are_differentiated(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     grad = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda out, leaves, **k: asked.append(len(leaves)) or grad(out, leaves, **k))
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda out, leaves, **k: asked.append(len(leaves)) or grad(out, leaves, **k)
+    )
     specs = [spec for spec in workspace.model.specs if spec.factor == "B"]
     engine = CohortEngine(workspace.model.to_batched(), CPU, "fp32", 512)
     engine.clipped_sums(random_state(workspace, 1), [workspace.records("c000")], [np.arange(4)], specs, 1.0)

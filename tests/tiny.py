@@ -47,7 +47,9 @@ def write_records(path: Path, records: int = 400, seed: int = 0) -> Path:
     lines = ["text,label,topic"]
     for number in range(records):
         good = bool(generator.integers(2))
-        words = list(generator.choice(GOOD if good else BAD, size=2)) + list(generator.choice(PLAIN, size=3 + number % 7))
+        words = list(generator.choice(GOOD if good else BAD, size=2)) + list(
+            generator.choice(PLAIN, size=3 + number % 7)
+        )
         generator.shuffle(words)
         lines.append(f"{' '.join(words)},{'good' if good else 'bad'},topic{number % 10}")
     path.write_text("\n".join(lines) + "\n")

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.errors import PrivacyError, StateError, nearest
-from fedpipe.files import sync_directory, canonical_json, digest, storage
+from fedpipe.files import canonical_json, digest, storage, sync_directory
 from fedpipe.privacy.accounting import Entry, epsilon, epsilon_prv, epsilon_rdp, merge
 
 log = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
 from fedpipe.errors import PrivacyError, StateError
-from fedpipe.files import sync_directory, storage
+from fedpipe.files import storage, sync_directory
 
 KEY_BYTES = 32
 

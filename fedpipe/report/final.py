@@ -6,6 +6,7 @@ is what a user gets, and not what the training held in memory.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ def evaluate_adapter(project: Project) -> dict[str, Any]:
 def load_adapter(task: Task, backbone: Path, adapter: Path) -> PeftModel:
     """Load an exported adapter onto its backbone with stock peft."""
     base, _ = task.load(backbone)
-    return PeftModel.from_pretrained(base, adapter).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that is going away
+        return PeftModel.from_pretrained(base, adapter).eval()
 
 
 def _summary(labels: tuple[str, ...], confusion: np.ndarray, loss: float) -> dict[str, Any]:
