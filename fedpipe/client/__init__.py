@@ -1,0 +1,1 @@
+"""What happens at the clients: schedules, per-record gradients, clipping, the private step, optimisers."""

@@ -1,0 +1,1 @@
+"""The frozen backbone, its adapters, and what a task is."""
