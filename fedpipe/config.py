@@ -152,6 +152,7 @@ class RuntimeSettings(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     engine: Literal["cohort", "opacus"] = "cohort"
     tokens_per_batch: PositiveInt = 16384  # bounds memory: padded tokens in one forward pass
+    cache_frozen_prefix: Literal["auto"] | bool = "auto"  # keep what the layers below the adapters compute
     cohort_size: PositiveInt | Literal["auto"] = "auto"  # clients trained together in one task
     task_runner: Literal["threads"] = "threads"
 

@@ -8,7 +8,9 @@ copies share the frozen weights.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
@@ -18,17 +20,29 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedpipe.client.engine import CohortEngine, Engine
+from fedpipe.client.prefix import (
+    Cut,
+    find_cut,
+    hidden_size,
+    read_prefix,
+    same_with_prefix,
+    skip_prefix,
+    with_prefix,
+    write_prefix,
+)
 from fedpipe.client.reference import OpacusEngine
 from fedpipe.config import Settings
 from fedpipe.data.federation import Federation
 from fedpipe.errors import SettingsError
-from fedpipe.files import file_digest
+from fedpipe.files import digest, file_digest
 from fedpipe.methods import Method, compose
 from fedpipe.models.lora import AdaptedModel, build_model
 from fedpipe.models.source import Backbone, open_backbone
 from fedpipe.models.task import TASKS, Encoded, Task, load_tokenizer
 from fedpipe.project import Project
 from fedpipe.state import Run
+
+log = logging.getLogger(__name__)
 
 
 class Workspace:
@@ -39,7 +53,9 @@ class Workspace:
         self.settings = settings
         self._lock = threading.RLock()
         self._idle: list[AdaptedModel] = []
-        self._encoded: dict[str, Encoded] = {}
+        self._encoded: dict[str | None, Encoded] = {}
+        self._cut: Cut | None = None
+        self._prepared = False
 
     @cached_property
     def federation(self) -> Federation:
@@ -78,12 +94,19 @@ class Workspace:
     def batched_model(self) -> Iterator[AdaptedModel]:
         """Check a batched model out; another one is made when all are in use."""
         with self._lock:
-            model = self._idle.pop() if self._idle else self.model.to_batched()
+            self._encode()
+            model = self._idle.pop() if self._idle else self._new_batched()
         try:
             yield model
         finally:
             with self._lock:
                 self._idle.append(model)
+
+    def _new_batched(self) -> AdaptedModel:
+        model = self.model.to_batched()
+        if self._cut is not None:
+            skip_prefix(model, self._cut)
+        return model
 
     @contextlib.contextmanager
     def engine(self) -> Iterator[tuple[Engine, AdaptedModel]]:
@@ -103,11 +126,57 @@ class Workspace:
     def records(self, client: str | None) -> Encoded:
         """Return a client's encoded records, or with None the test records."""
         with self._lock:
-            key = client or ""
-            if key not in self._encoded:
+            self._encode()
+            if client not in self._encoded:
                 dataset = self.federation.test() if client is None else self.federation.client(client)
-                self._encoded[key] = self.task.encode(dataset, self._tokenizer, self.settings.data.max_length)
-            return self._encoded[key]
+                self._encoded[client] = self.task.encode(dataset, self._tokenizer, self.settings.data.max_length)
+            return self._encoded[client]
+
+    def _encode(self) -> None:
+        """Once: find out whether the frozen layers' output is worth keeping, and if so have it ready."""
+        if self._prepared:
+            return
+        self._prepared = True
+        cut = find_cut(self.model.specs)
+        if cut is None or self.settings.runtime.engine == "opacus" or not self._prefix_pays(cut):
+            return
+        parts = {name: self.records(name) for name in (*self.federation.clients, None)}
+        whole, runtime = Encoded.join(list(parts.values())), self.settings.runtime
+        path = self._prefix_path(cut)
+        prefix = read_prefix(path)
+        if prefix is None:
+            log.info("computing the %d frozen layers once for %d records", cut.first, len(whole))
+            write_prefix(self.model, cut, whole, path, self.device, runtime.precision, runtime.tokens_per_batch)
+            prefix = read_prefix(path)
+        known = with_prefix(parts, prefix)
+        trial = self.model.to_batched()
+        skip_prefix(trial, cut)
+        if same_with_prefix(self.model.to_batched(), trial, known[None], self.device):
+            self._cut, self._encoded = cut, known
+            self._idle.append(trial)
+
+    def _prefix_pays(self, cut: Cut) -> bool:
+        """Say whether to keep the frozen layers' output: always, never, or when records are met more than twice."""
+        asked = self.settings.runtime.cache_frozen_prefix
+        if asked != "auto":
+            return bool(asked)
+        federation, sizes = self.settings.federation, self.federation.sizes
+        clients = federation.clients_per_round or len(sizes)
+        met = federation.rounds * federation.local_steps * federation.batch_size * clients
+        need = 4 * hidden_size(self.model) * self.settings.data.max_length * sum(sizes.values())
+        return met > 2 * sum(sizes.values()) and need < shutil.disk_usage(self.project.root).free / 4
+
+    def _prefix_path(self, cut: Cut) -> Path:
+        name = {
+            "dataset": self.federation.digest,
+            "backbone": self.backbone.digest,
+            "max_length": self.settings.data.max_length,
+            "layers": cut.first,
+            "precision": self.settings.runtime.precision,
+            "tokens_per_batch": self.settings.runtime.tokens_per_batch,
+            "device": self.device.type,
+        }
+        return self.project.runs / "prefix" / f"{digest(name)[:16]}.npy"
 
 
 def choose_device(name: str) -> torch.device:

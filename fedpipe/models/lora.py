@@ -74,6 +74,7 @@ class AdaptedModel:
         self.task = task
         self.specs = tuple(specs)
         self.initial = initial
+        self.hidden: Tensor | None = None
         self._twins: dict[str, PerRecordLinear] = {}
 
     def to_batched(self) -> AdaptedModel:
@@ -100,7 +101,9 @@ class AdaptedModel:
                 module.generator = generator
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Any:
-        return self.model.get_base_model()(**inputs)
+        """Return the backbone's outputs; `hidden` among the inputs is for models that skip their frozen layers."""
+        self.hidden = inputs.get("hidden")
+        return self.model.get_base_model()(**{name: value for name, value in inputs.items() if name != "hidden"})
 
     def adapter_config(self, backbone: str) -> dict[str, Any]:
         """Return the content of peft's `adapter_config.json`, naming `backbone` as the base model."""

@@ -31,12 +31,16 @@ class Encoded:
     offsets : (records + 1,) int64, where each record starts
     labels : (records,) int64
     pad : the token that fills a batch up
+    prefix, rows : where the frozen layers' output is kept (see `fedpipe.client.prefix`): its rows,
+        (all tokens, hidden), and which of them each record starts at, (records,); None if it is not
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     labels: np.ndarray
     pad: int
+    prefix: np.ndarray | None = None
+    rows: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,6 +59,8 @@ class Encoded:
             offsets=np.concatenate([*offsets, shifts[-1:]]),
             labels=np.concatenate([part.labels for part in parts]),
             pad=parts[0].pad,
+            prefix=parts[0].prefix,
+            rows=None if parts[0].prefix is None else np.concatenate([part.rows for part in parts]),
         )
 
     def batch(self, records: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
@@ -68,7 +74,14 @@ class Encoded:
             "input_ids": torch.from_numpy(tokens).to(device),
             "attention_mask": torch.from_numpy(mask.astype(np.int64)).to(device),
         }
+        if self.prefix is not None:
+            inputs["hidden"] = torch.from_numpy(self._hidden(records, position, mask)).to(device)
         return inputs, torch.from_numpy(self.labels[records]).to(device)
+
+    def _hidden(self, records: np.ndarray, position: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Return what the frozen layers made of the records: (n, longest, hidden); zero where padded."""
+        rows = np.minimum(self.rows[records][:, None] + position[None, :], len(self.prefix) - 1)
+        return np.where(mask[:, :, None], self.prefix[rows], np.float32(0))
 
 
 class Task(Protocol):

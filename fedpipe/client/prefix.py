@@ -1,0 +1,156 @@
+"""The frozen prefix: what the layers below the first adapted one compute never changes, so it is computed once.
+
+With adapters only in the top layers, each record's hidden states at the first adapted layer
+are the same in every step of every round. They are kept on disk, memory-mapped, one row a
+token, and put in where that layer reads its input; the layers below are skipped. A hook on
+that one layer is all it takes, so any backbone whose layers stand in a list can be cut.
+
+The rows are made from raw records. They belong to the clients, like the records themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedpipe.client.engine import autocast, micro_batches
+from fedpipe.errors import StateError
+from fedpipe.files import file_digest, read_json, storage, write_json
+from fedpipe.models.lora import AdaptedModel, TensorSpec
+from fedpipe.models.task import Encoded
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a backbone is cut: `layers` is the path of its list of layers, `first` the lowest adapted one."""
+
+    layers: str
+    first: int
+
+
+class _CutReachedError(Exception):
+    """Ends a forward pass at the cut."""
+
+
+class _Skipped(nn.Module):
+    """Stands for a layer below the cut: hands its input on."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+
+def find_cut(specs: tuple[TensorSpec, ...]) -> Cut | None:
+    """Return where the frozen layers end, or None if the lowest layer is adapted or layers stand in no single list."""
+    places = [re.match(r"(.+?)\.(\d+)\.", spec.module) for spec in specs if spec.factor != "head"]
+    lists = {place[1] for place in places if place}
+    if len(lists) != 1 or not all(places):
+        return None
+    first = min(int(place[2]) for place in places if place)
+    return Cut(lists.pop(), first) if first else None
+
+
+def hidden_size(model: AdaptedModel) -> int:
+    return int(model.model.get_base_model().config.hidden_size)
+
+
+@torch.inference_mode()
+def write_prefix(
+    model: AdaptedModel,
+    cut: Cut,
+    records: Encoded,
+    path: Path,
+    device: torch.device,
+    precision: str,
+    tokens_per_batch: int,
+) -> None:
+    """Compute the hidden states of all records at the cut and write them: (tokens, hidden), float32, `.npy`.
+
+    The file appears whole or not at all.
+    """
+    caught: list[Tensor] = []
+
+    def catch(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append(args[0] if args else kwargs["hidden_states"])
+        raise _CutReachedError
+
+    hook = model.model.get_submodule(cut.layers)[cut.first].register_forward_pre_hook(catch, with_kwargs=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    lengths = records.lengths
+    try:
+        with storage(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shape = (len(records.tokens), hidden_size(model))
+            rows = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+            for part in micro_batches(lengths, tokens_per_batch):
+                inputs, _ = records.batch(part, device)
+                try:
+                    with autocast(device, precision):
+                        model.forward(inputs)
+                except _CutReachedError:
+                    hidden = caught.pop().float().cpu().numpy()
+                for row, record in enumerate(part):
+                    start = records.offsets[record]
+                    rows[start : start + lengths[record]] = hidden[row, : lengths[record]]
+            rows.flush()
+            write_json(path.with_suffix(".json"), {"sha256": file_digest(temporary)})
+            temporary.replace(path)
+    finally:
+        hook.remove()
+        temporary.unlink(missing_ok=True)
+
+
+def read_prefix(path: Path) -> np.ndarray | None:
+    """Map a file of `write_prefix` into memory, checked against its digest; None if it is missing or damaged."""
+    try:
+        if read_json(path.with_suffix(".json"))["sha256"] != file_digest(path):
+            return None
+    except (StateError, OSError, KeyError):
+        return None
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def with_prefix(parts: Mapping[str, Encoded], prefix: np.ndarray) -> dict[str, Encoded]:
+    """Return the records with their rows, given that `prefix` holds those of all parts, in their order."""
+    start, known = 0, {}
+    for name, part in parts.items():
+        known[name] = replace(part, prefix=prefix, rows=part.offsets[:-1] + start)
+        start += len(part.tokens)
+    return known
+
+
+@torch.inference_mode()
+def same_with_prefix(whole: AdaptedModel, cut_model: AdaptedModel, records: Encoded, device: torch.device) -> bool:
+    """Say whether a cut model gives the whole one's outputs on a few records.
+
+    Some backbones pass more than hidden states from layer to layer; those are not cut.
+    """
+    few = np.arange(min(4, len(records)))
+    inputs, _ = records.batch(few, device)
+    outputs = []
+    for model in (whole, cut_model):
+        model.set_adapter({name: tensor.to(device) for name, tensor in model.initial.items()})
+        outputs.append(model.forward(inputs).logits.float())
+    return torch.allclose(*outputs, rtol=1e-3, atol=1e-4)
+
+
+def skip_prefix(model: AdaptedModel, cut: Cut) -> None:
+    """Make a batched model read its hidden states at the cut from the batch; layers below are skipped."""
+    layers = model.model.get_submodule(cut.layers)
+    for number in range(cut.first):
+        layers[number] = _Skipped()
+
+    def put_in(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = model.hidden
+        if args:
+            return (hidden.to(args[0].dtype), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden.to(kwargs["hidden_states"].dtype)}
+
+    layers[cut.first].register_forward_pre_hook(put_in, with_kwargs=True)
