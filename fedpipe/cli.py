@@ -32,6 +32,8 @@ class _Commands(click.Group):
 @click.version_option(package_name="fedpipe")
 def main() -> None:
     """Federated LoRA fine-tuning under differential privacy, run as a reproducible experiment."""
+    # A log line that Prefect's server does not take is no news for a terminal.
+    logging.raiseExceptions = False
     # On our own logger only: Prefect takes over the root logger's handlers, and logs every task to them.
     log = logging.getLogger("fedpipe")
     log.propagate = False
@@ -62,7 +64,7 @@ def fetch(params: Path, overrides: tuple[str, ...]) -> None:
         ("data", fetch_data(settings.data, project.raw)),
         ("backbone", fetch_backbone(settings.model.backbone, project.backbone)),
     ):
-        click.echo(f"{name}: {origin['source']} ({origin.get('licence') or 'licence not stated'})")
+        click.echo(f"{name}: {origin['source']} (licence: {origin['license']})")
 
 
 @main.command()

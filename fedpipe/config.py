@@ -63,6 +63,7 @@ class PartitionSettings(Section):
 class ModelSettings(Section):
     backbone: str  # package:NAME | a local directory in the Hugging Face layout | a hub id
     task: Literal["text-classification"] = "text-classification"
+    pooling: Literal["default", "mean"] = "default"  # what the head reads: the architecture's own choice, or the mean
 
 
 class LoraSettings(Section):
@@ -129,7 +130,7 @@ class PrivacySettings(Section):
     @classmethod
     def _delta_below_one(cls, value: float | str) -> float | str:
         if isinstance(value, float) and value >= 1:
-            raise ValueError("expected a number below 1, or auto")
+            raise ValueError(f"found {value:g}; expected a number below 1, or auto")
         return value
 
     @field_validator("test_key")
@@ -217,9 +218,9 @@ def load_settings(path: Path, overrides: Mapping[str, Any] | None = None) -> Set
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read: {error.strerror}; run this where params.yaml is") from error
     except (YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+        raise SettingsError(f"{path}{_place(error)}: is not YAML: {_problem(error)}") from error
     if not isinstance(values, dict):
-        raise SettingsError(f"{path}: expected keys such as 'data:' and 'model:', found {type(values).__name__}")
+        raise SettingsError(f"{path}: found {_shown(values)}; expected keys such as 'data:' and 'model:'")
     for key, value in (overrides or {}).items():
         _apply(values, key, value)
     return parse_settings(values, where=str(path))
@@ -244,8 +245,25 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise SettingsError(f"--set {text}: expected section.key=value, such as method.name=ffa-lora")
     try:
         return path.strip(), YAML(typ="safe", pure=True).load(value)
-    except YAMLError:
-        raise SettingsError(f"--set {text}: the value is not YAML") from None
+    except YAMLError as error:
+        raise SettingsError(f"--set {text}: the value is not YAML: {_problem(error)}") from None
+
+
+def _place(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+
+
+def _problem(error: Exception) -> str:
+    text = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    return " ".join(str(text).split())
+
+
+def _shown(value: Any) -> str:
+    """Show what was found as the settings file spells it, cut to fit a line."""
+    words = {None: "nothing", True: "true", False: "false"}
+    text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _apply(values: dict[str, Any], path: str, value: Any) -> None:
@@ -302,10 +320,10 @@ def _explain(error: Mapping[str, Any]) -> str:
     if isinstance(found, str) and options:
         return f"{path}: found '{found}'; {nearest(found, options)}"
     if kind in ("model_type", "dict_type"):
-        return f"{path}: found {found!r}; expected keys below it: {', '.join(_keys(path.split('.')))}"
+        return f"{path}: found {_shown(found)}; expected keys below it: {', '.join(_keys(path.split('.')))}"
     expected = error["msg"].replace("Input should be", "expected").replace("a valid integer", "a whole number")
     expected = expected.replace("a valid ", "a ")
-    return f"{path}: found {found!r}; {expected}"
+    return f"{path}: found {_shown(found)}; {expected}"
 
 
 def _options(path: str) -> list[str]:

@@ -23,9 +23,11 @@ from fedpipe.methods import Method
 
 PACKAGES = ("torch", "transformers", "peft", "opacus", "numpy", "datasets", "prefect", "mlflow", "dvc")
 
+_NUMERIC = ("torch", "transformers", "tokenizers", "peft", "opacus", "numpy")
+
 # What computes numbers; a changed report or command line is not a changed experiment.
 _SCIENCE = ("client", "data", "methods", "models", "privacy", "server")
-_SCIENCE_FILES = ("plan.py", "steps.py", "identity.py")
+_SCIENCE_FILES = ("config.py", "files.py", "identity.py", "plan.py", "state.py", "steps.py", "workspace.py")
 
 # How a run is computed and where it is shown; none of it changes what is computed.
 _NOT_IDENTITY = {"tracking", "runtime"}
@@ -68,7 +70,7 @@ def code_digest() -> str:
     files = [file for package in _SCIENCE for file in sorted((root / package).rglob("*.py"))]
     files += [root / name for name in _SCIENCE_FILES]
     sources = {str(file.relative_to(root)): file_digest(file) for file in files}
-    numeric = {name: version(name) for name in ("torch", "transformers", "peft", "opacus", "numpy")}
+    numeric = {name: version(name) for name in _NUMERIC}
     return digest({"sources": sources, "versions": numeric})
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedpipe.files import write_atomic, write_json, write_tensors
+from fedpipe.models.loading import TASK_FILE
 from fedpipe.privacy.ledger import summary
 from fedpipe.project import Project
 from fedpipe.state import Run
@@ -71,6 +72,9 @@ def _write_adapter(run: Run, project: Project, workspace: Workspace) -> None:
     base = backbone.name if backbone.origin["kind"] == "hub" else str(backbone.path)
     if backbone.path.is_relative_to(project.root):
         base = str(backbone.path.relative_to(project.root))
+    model = run.settings.model
+    facts = {"task": model.task, "labels": list(workspace.task.labels), "pooling": model.pooling}
+    write_json(project.adapter / TASK_FILE, {**facts, "max_length": run.settings.data.max_length})
     write_tensors(project.adapter / "adapter_model.safetensors", run.adapter(run.plan.rounds))
     write_json(project.adapter / "adapter_config.json", workspace.model.adapter_config(base))
 

@@ -81,7 +81,10 @@ class Run:
 
     @cached_property
     def ledger(self) -> Ledger:
-        return Ledger(self.ledger_path)
+        ledger = Ledger(self.ledger_path)
+        if ledger.header["run_id"] != self.info["run_id"]:
+            raise StateError(f"{self.ledger_path}: is the ledger of {ledger.header['run_id']}, not of this run")
+        return ledger
 
     def round_dir(self, round: int) -> Path:
         return self.root / "rounds" / f"{round:04d}"
@@ -163,22 +166,36 @@ def open_run(runs: Path, identity: Identity, settings: Settings, make_plan: Call
     ----------
     runs : directory of all runs
     make_plan : called for a new run only, since calibration takes a while
+
+    Raises
+    ------
+    StateError
+        Another process holds the run, or what is in its directory does not fit together.
     """
     root = runs / identity.run_id
     run = Run(root)
-    if (root / "run.json").exists():
+    plan = None if (root / "run.json").exists() else make_plan()
+    with storage(root):
+        root.mkdir(parents=True, exist_ok=True)
+    # Of two processes that both found no run, the slower would replace the key and the ledger of the faster.
+    with run.lock():
+        if not (root / "run.json").exists():
+            return _create(run, _latest(runs), identity, settings, plan or make_plan())
         if run.info["identity"] != identity.run:
             raise StateError(f"{root}: belongs to a run with another identity; move it away and run again")
         _write_runtime(root, settings)
         return Opened(run, resumed=True)
-    previous = _latest(runs)
-    plan = make_plan()
+
+
+def _create(run: Run, previous: Run | None, identity: Identity, settings: Settings, plan: Plan) -> Opened:
+    """Write all that a run needs before its first round; `run.json` last."""
+    root = run.root
+    if (root / "rounds").exists() or (plan.private and Ledger(run.ledger_path, identity.run_id, plan.unit).entries()):
+        raise StateError(f"{root}: has lost its run.json, but privacy was spent in it; move it away and run again")
     plan_sha256 = write_json(root / "plan.json", plan.to_json())
     if plan.private:
-        # Both before `run.json`, and never again: a run that lost its ledger must not start from zero.
+        # Before `run.json`, and never again: a key that noise was drawn from must not be replaced.
         _make_key(run, settings)
-        run.ledger_path.unlink(missing_ok=True)
-        Ledger(run.ledger_path, identity.run_id, plan.unit)
     _write_runtime(root, settings)
     # A tracking URI may hold a password, and is no part of what was computed.
     values = settings.model_dump(mode="json", exclude={"tracking"})

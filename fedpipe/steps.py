@@ -8,9 +8,10 @@ same noise.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fedpipe.client.training import CohortWork, payload, train_cohort
 from fedpipe.config import Settings
 from fedpipe.errors import PrivacyError, StateError, TrainingError
 from fedpipe.files import digest, file_digest, read_json, read_tensors, write_json, write_tensors
-from fedpipe.identity import identify
+from fedpipe.identity import changed_keys, identify
 from fedpipe.plan import make_plan
 from fedpipe.privacy.accounting import epsilon_prv, epsilon_rdp
 from fedpipe.privacy.noise import key_id
@@ -28,6 +29,8 @@ from fedpipe.server.checks import refuse_reason
 from fedpipe.server.evaluate import evaluate
 from fedpipe.state import Opened, Run, open_run
 from fedpipe.workspace import Workspace, open_workspace, workspace_of
+
+log = logging.getLogger(__name__)
 
 MAX_COHORT = 64  # clients; their adapters, gradients and moments are in memory at once
 
@@ -61,22 +64,14 @@ def _start(run: Run, workspace: Workspace) -> None:
 
 def begin_round(run_dir: Path, round: int) -> dict[str, Any]:
     """Decide who trains in a round and in which cohorts; return {"round", "cohorts", "query", "excluded"}."""
-    run, workspace = open_workspace(run_dir)
+    run, workspace = _open_unchanged(run_dir)
     path = run.round_dir(round) / "plan.json"
-    previous = run.round_record(round - 1)
-    if previous is None:
-        raise StateError(f"{run.round_dir(round - 1)}: round {round} needs round {round - 1} to be complete")
-    query = digest(
-        {
-            "query": run.info["query"],
-            "round": round,
-            "start": previous["state"],
-            "plan": run.info["plan_sha256"],
-            "device": workspace.device.type,
-            "key": key_id(run.key),
-        }
-    )
-    if path.exists() and (known := read_json(path))["query"] == query:
+    known = _readable(path)
+    if known is not None and run.round_record(round) is not None:
+        return known
+    query = _query(run, workspace, round)
+    check_spent(run, round - 1)
+    if known is not None and known.get("query") == query:
         return known
     excluded = _exhausted(run, round, query)
     participants = [client for client in run.plan.participants[round - 1] if client not in excluded]
@@ -87,9 +82,80 @@ def begin_round(run_dir: Path, round: int) -> dict[str, Any]:
     cohorts = [participants[start : start + size] for start in range(0, len(participants), size)]
     for stale in run.round_dir(round).glob("cohort-*.json"):
         stale.unlink()
-    plan = {"round": round, "query": query, "start": previous["state"], "cohorts": cohorts, "excluded": excluded}
+    start = run.round_record(round - 1)["state"]
+    plan = {"round": round, "query": query, "start": start, "cohorts": cohorts, "excluded": excluded}
     write_json(path, plan)
     return plan
+
+
+def _open_unchanged(run_dir: Path) -> tuple[Run, Workspace]:
+    """Open a run for a step that touches private data, if it still is what it was begun as.
+
+    A partition, a backbone or code replaced since, or a setting edited in the run's own file,
+    would be another query under the noise and the accounting of the old one.
+    """
+    run, workspace = open_workspace(run_dir)
+    now = identify(run.settings, workspace.method, workspace.federation.digest, workspace.backbone.digest)
+    begun = run.info["parts"]
+    changes = changed_keys(begun, now.parts | {"test_key": begun["test_key"]})
+    if changes or now.query != run.info["query"] or digest(begun) != run.info["identity"]:
+        what = "; ".join(changes) or "its run.json was edited"
+        raise StateError(f"{run_dir}: is not what it was begun as: {what}; start again, and a new run begins")
+    return run, workspace
+
+
+def _query(run: Run, workspace: Workspace, round: int) -> str:
+    """Return the digest of all that defines the private queries of a round."""
+    previous = run.round_record(round - 1)
+    if previous is None:
+        raise StateError(f"{run.round_dir(round - 1)}: round {round} needs round {round - 1} to be complete")
+    return digest(
+        {
+            "query": run.info["query"],
+            "round": round,
+            "start": previous["state"],
+            "plan": run.info["plan_sha256"],
+            "device": workspace.device.type,
+            "key": key_id(run.key),
+        }
+    )
+
+
+def _readable(path: Path) -> dict[str, Any] | None:
+    """Return what a file holds that can be computed again: None where it is missing or damaged."""
+    try:
+        value = read_json(path)
+    except StateError as error:
+        if path.exists():
+            log.warning("%s; it is computed again", error)
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def check_spent(run: Run, round: int) -> None:
+    """Check that the ledger holds what a complete round spent.
+
+    The chain in the ledger shows every change but one: that its end was cut off, or an older
+    copy put back. Epsilon would then be smaller than the truth.
+
+    Raises
+    ------
+    PrivacyError
+        Entries of the round are missing.
+    """
+    record = run.round_record(round)
+    if record is not None and round > 0 and run.plan.private:
+        _check_spent(run, round, record["query"], record["clients"])
+
+
+def _check_spent(run: Run, round: int, query: str, clients: Iterable[str]) -> None:
+    taken = Counter(entry.client for entry in run.ledger.entries() if (entry.round, entry.query) == (round, query))
+    lost = [client for client in clients if taken[client] < run.plan.local_steps]
+    if lost:
+        raise PrivacyError(
+            f"{run.ledger_path}: holds {taken[lost[0]]} of the {run.plan.local_steps} noisy steps that {lost[0]} took "
+            f"in round {round}, so epsilon is not known; restore the file from a newer copy"
+        )
 
 
 def _exhausted(run: Run, round: int, query: str) -> dict[str, str]:
@@ -101,10 +167,10 @@ def _exhausted(run: Run, round: int, query: str) -> dict[str, str]:
     if not run.plan.private:
         return {}
     excluded = {}
-    repeated = Counter(e.client for e in run.ledger.entries() if e.round == round and e.query != query)
+    # Later rounds count too: they may have been taken before this one was deleted and begun again.
+    others = Counter(e.client for e in run.ledger.entries() if (e.round, e.query) != (round, query))
     for client in run.plan.participants[round - 1]:
-        before = sum(steps for _, _, steps in run.ledger.history(client, through_round=round - 1))
-        spent, limit = before + repeated[client], run.plan.clients[client].max_steps
+        spent, limit = others[client], run.plan.clients[client].max_steps
         if spent + run.plan.local_steps > limit:
             excluded[client] = f"{spent} of {limit} noisy steps are spent; a round takes {run.plan.local_steps}"
     return excluded
@@ -112,22 +178,23 @@ def _exhausted(run: Run, round: int, query: str) -> dict[str, str]:
 
 def train(run_dir: Path, round: int, cohort: int) -> dict[str, str]:
     """Train one cohort for one round; return the name and the sha256 of the file that lists its updates."""
-    run, workspace = open_workspace(run_dir)
+    run, workspace = _open_unchanged(run_dir)
     directory = run.round_dir(round)
     path = directory / f"cohort-{cohort:02d}.json"
     round_plan = read_json(directory / "plan.json")
-    if path.exists() and _intact(path, directory):
+    clients, query = tuple(round_plan["cohorts"][cohort]), round_plan["query"]
+    if _intact(path, directory, clients, query):
         return {"file": path.name, "sha256": file_digest(path)}
-    clients = tuple(round_plan["cohorts"][cohort])
+    if query != _query(run, workspace, round):
+        raise StateError(f"{directory}: was planned for another start, device or key; run the same command again")
     work = CohortWork(
         round=round,
         clients=clients,
         records=[workspace.records(client) for client in clients],
         start=run.adapter(round - 1),
         trained=workspace.trained,
-        query=round_plan["query"],
+        query=query,
         key=run.key,
-        seed=run.settings.seed,
     )
     started = time.monotonic()
     with workspace.engine() as (engine, model):
@@ -142,16 +209,21 @@ def train(run_dir: Path, round: int, cohort: int) -> dict[str, str]:
         }
         for client, update in updates.items()
     }
-    content = {"round": round, "cohort": cohort, "updates": listing, "seconds": time.monotonic() - started}
+    seconds = time.monotonic() - started
+    content = {"round": round, "cohort": cohort, "query": query, "updates": listing, "seconds": seconds}
     return {"file": path.name, "sha256": write_json(path, content)}
 
 
-def _intact(path: Path, directory: Path) -> bool:
-    """Say whether a cohort's listing and all its updates are whole."""
+def _intact(path: Path, directory: Path, clients: Sequence[str], query: str) -> bool:
+    """Say whether a cohort's listing is there, of this query, and whole with all its updates."""
+    listing = _readable(path)
+    if listing is None or listing.get("query") != query:
+        return False
     try:
-        for entry in read_json(path)["updates"].values():
+        for client in clients:
+            entry = listing["updates"][client]
             read_tensors(directory / entry["file"], entry["sha256"])
-    except (StateError, KeyError):
+    except (StateError, KeyError, TypeError):
         return False
     return True
 
@@ -160,10 +232,16 @@ def aggregate(run_dir: Path, round: int, cohorts: Sequence[Mapping[str, str]]) -
     """Check the updates of all cohorts and aggregate them; return {"state": sha256, "clients": {...}}."""
     run, workspace = open_workspace(run_dir)
     directory, method = run.round_dir(round), workspace.method
+    round_plan = read_json(directory / "plan.json")
     updates: dict[str, Any] = {}
     for cohort in cohorts:
-        updates |= read_json(directory / cohort["file"], cohort["sha256"])["updates"]
+        listing = read_json(directory / cohort["file"], cohort["sha256"])
+        if listing["query"] != round_plan["query"]:
+            raise StateError(f"{directory / cohort['file']}: is of an earlier plan of this round; run again")
+        updates |= listing["updates"]
     names = sorted(updates)
+    if names != sorted(client for members in round_plan["cohorts"] for client in members):
+        raise StateError(f"{directory}: the updates of round {round} are not all there; run again")
     sizes = {name: run.plan.clients[name].records if method.weights == "samples" else 1 for name in names}
     start = run.adapter(round - 1)
     expected = payload(workspace.model.specs, method, workspace.trained, round, run.plan.local_steps)
@@ -189,7 +267,8 @@ def evaluate_round(run_dir: Path, round: int, state: str) -> dict[str, float]:
 def _evaluate(run: Run, workspace: Workspace, round: int, state: str) -> dict[str, float]:
     """Evaluate once for each state: the result is kept beside it."""
     path = run.round_dir(round) / "evaluation.json"
-    if path.exists() and (known := read_json(path))["state"] == state:
+    known = _readable(path)
+    if known is not None and known.get("state") == state:
         return known["metrics"]
     settings = run.settings
     adapter = read_tensors(run.adapter_path(round), state)
@@ -215,15 +294,19 @@ def finish_round(
     Raises
     ------
     PrivacyError
-        The ledger holds more than the plan allowed: the epsilon so far is above the target.
+        The ledger holds less than the round spent, or more than the plan allowed.
     """
     run, workspace = open_workspace(run_dir)
+    round_plan = read_json(run.round_dir(round) / "plan.json")
+    if run.plan.private:
+        _check_spent(run, round, round_plan["query"], aggregated["clients"])
     record = {
         "round": round,
+        "query": round_plan["query"],
         "state": aggregated["state"],
         "metrics": dict(metrics),
         "clients": aggregated["clients"],
-        "excluded": read_json(run.round_dir(round) / "plan.json")["excluded"],
+        "excluded": round_plan["excluded"],
         **_epsilon(run),
         **_traffic(run, workspace, round, len(aggregated["clients"])),
         "seconds": seconds,

@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import threading
 from collections.abc import Iterator
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -31,18 +30,20 @@ from fedpipe.client.prefix import (
     write_prefix,
 )
 from fedpipe.client.reference import OpacusEngine
-from fedpipe.config import Settings
+from fedpipe.config import Settings, TrackingSettings
 from fedpipe.data.federation import Federation
 from fedpipe.errors import SettingsError
 from fedpipe.files import digest, file_digest
 from fedpipe.methods import Method, compose
 from fedpipe.models.lora import AdaptedModel, build_model
 from fedpipe.models.source import Backbone, open_backbone
-from fedpipe.models.task import TASKS, Encoded, Task, load_tokenizer
+from fedpipe.models.task import Encoded, Task, load_tokenizer, make_task
 from fedpipe.project import Project
 from fedpipe.state import Run
 
 log = logging.getLogger(__name__)
+
+LARGEST_PREFIX = 16 * 2**30  # bytes that `cache_frozen_prefix: auto` may take on disk
 
 
 class Workspace:
@@ -75,7 +76,8 @@ class Workspace:
 
     @cached_property
     def task(self) -> Task:
-        return TASKS[self.settings.model.task](self.federation.labels)
+        model = self.settings.model
+        return make_task(model.task, self.federation.labels, model.pooling)
 
     @cached_property
     def model(self) -> AdaptedModel:
@@ -156,7 +158,10 @@ class Workspace:
             self._idle.append(trial)
 
     def _prefix_pays(self, cut: Cut) -> bool:
-        """Say whether to keep the frozen layers' output: always, never, or when records are met more than twice."""
+        """Say whether to keep the frozen layers' output: always, never, or when records are met more than twice.
+
+        By the settings and the data alone: a resumed run must decide as the first one did.
+        """
         asked = self.settings.runtime.cache_frozen_prefix
         if asked != "auto":
             return bool(asked)
@@ -164,7 +169,7 @@ class Workspace:
         clients = federation.clients_per_round or len(sizes)
         met = federation.rounds * federation.local_steps * federation.batch_size * clients
         need = 4 * hidden_size(self.model) * self.settings.data.max_length * sum(sizes.values())
-        return met > 2 * sum(sizes.values()) and need < shutil.disk_usage(self.project.root).free / 4
+        return met > 2 * sum(sizes.values()) and need <= LARGEST_PREFIX
 
     def _prefix_path(self, cut: Cut) -> Path:
         name = {
@@ -194,17 +199,30 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda")
 
 
-@lru_cache(maxsize=2)
-def _shared(project: Project, settings: Settings, partition: str) -> Workspace:
-    return Workspace(project, settings)
+_KEPT = 2  # workspaces of one process: a long-lived worker must not collect backbones
+_workspaces: dict[str, Workspace] = {}
+_workspaces_lock = threading.Lock()
 
 
 def workspace_of(project: Project, settings: Settings) -> Workspace:
     """Return this process's workspace for these settings and the partition that is there now."""
     manifest = project.partition / "manifest.json"
-    stamp = file_digest(manifest) if manifest.exists() else ""
     keyless = settings.privacy.model_copy(update={"test_key": None})
-    return _shared(project, settings.model_copy(update={"privacy": keyless}), stamp)
+    settings = settings.model_copy(update={"privacy": keyless, "tracking": TrackingSettings()})
+    stamp = file_digest(manifest) if manifest.exists() else None
+    name = digest([str(project.root), settings.model_dump(mode="json"), stamp])
+    with _workspaces_lock:
+        if name not in _workspaces:
+            while len(_workspaces) >= _KEPT:
+                _workspaces.pop(next(iter(_workspaces)))
+            _workspaces[name] = Workspace(project, settings)
+        return _workspaces[name]
+
+
+def forget_workspaces() -> None:
+    """Drop all workspaces of this process, as a new process would start."""
+    with _workspaces_lock:
+        _workspaces.clear()
 
 
 def open_workspace(run_dir: Path) -> tuple[Run, Workspace]:

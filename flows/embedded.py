@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,10 +20,16 @@ import sys
 import threading
 import time
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedpipe.errors import FedpipeError
+from fedpipe.errors import FedpipeError, StorageError
+from fedpipe.files import storage
+from fedpipe.tracking.store import hide_password
+
+_REFUSALS = ("Failed to reach API", "Found incompatible versions")
+_FULL = 1 << 20  # bytes: a database that cannot grow by a few pages is as good as out of space
 
 _started: subprocess.Popen[bytes] | None = None
 
@@ -38,9 +45,14 @@ def prefect_api() -> Iterator[str]:
     Raises
     ------
     FedpipeError
-        The server did not start in time; the message says where its log is.
+        The server did not start in time, or stopped answering; the message says where its log is.
+        Where the body's own mistake could not be reported to the server any more, it is raised instead.
     """
-    from prefect.context import refresh_global_settings_context
+    from httpx import HTTPStatusError, TransportError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a home that cannot be written is told in our own words below
+        from prefect.context import refresh_global_settings_context
     from prefect.settings import get_current_settings, temporary_settings
 
     settings = get_current_settings()
@@ -50,13 +62,52 @@ def prefect_api() -> Iterator[str]:
         refresh_global_settings_context()
     # Heartbeats end a second late, and neither the environment nor prefect.toml can say "none".
     with temporary_settings({"flows.heartbeat_frequency": None}) as current:
-        yield str(current.api.url)
+        url = str(current.api.url)
+        try:
+            yield url
+        except (HTTPStatusError, TransportError, RuntimeError) as error:
+            # Prefect's own words for a server that is not there, or of another age, are a plain RuntimeError.
+            if isinstance(error, RuntimeError) and not str(error).startswith(_REFUSALS):
+                raise
+            raise _explained(error, hide_password(url), settings.home) from error
+
+
+def _explained(error: BaseException, url: str, home: Path) -> FedpipeError:
+    """Return the mistake behind an answer that Prefect's API did not give."""
+    first: BaseException | None = error
+    while first is not None:
+        if isinstance(first, FedpipeError):
+            return first
+        first = first.__context__
+    if _started is not None and _full(home):
+        return _no_space(home)
+    reason = " ".join(str(error).split()).partition(" - Response")[0] or type(error).__name__
+    log = f" Its log: {home / 'server.log'}" if _started is not None else ""
+    cure = "Run" if _started is not None else "Mend or start it, or unset PREFECT_API_URL to do without, and run"
+    return FedpipeError(
+        f"Prefect's server at {url} failed: {reason.rstrip('.')}. {cure} the same command again; it goes on from the "
+        f"last complete step.{log}"
+    )
+
+
+def _full(home: Path) -> bool:
+    return shutil.disk_usage(home).free < _FULL
+
+
+def _no_space(home: Path) -> StorageError:
+    return StorageError(
+        f"{home}: Prefect's server cannot write: the disk is full; free some space. "
+        "Run the same command again; it goes on from the last complete step."
+    )
 
 
 def _start(home: Path, timeout: float) -> str:
     """Start the server and wait until it answers; return the address of its API."""
     global _started
     log = home / "server.log"
+    with storage(home):
+        home.mkdir(parents=True, exist_ok=True)
+        log.touch()
     with socket.create_server(("127.0.0.1", 0)) as listener, open(log, "wb") as output:
         port = listener.getsockname()[1]
         _started = subprocess.Popen(
@@ -77,6 +128,8 @@ def _start(home: Path, timeout: float) -> str:
         opener.open(f"{url}/health", timeout=timeout).close()
     except OSError as error:
         _stop(_started)
+        if _full(home):
+            raise _no_space(home) from error
         raise FedpipeError(f"Prefect's server did not start: {_reason(log) or error}. All of it: {log}") from error
     return url
 

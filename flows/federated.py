@@ -37,7 +37,13 @@ def _flow_run_name() -> str:
     return f"{settings.method.name} / {settings.federation.rounds} rounds / seed {settings.seed}"
 
 
-@flow(name="federated", flow_run_name=_flow_run_name, task_runner=ThreadPoolTaskRunner(max_workers=2))
+@flow(
+    name="federated",
+    flow_run_name=_flow_run_name,
+    task_runner=ThreadPoolTaskRunner(max_workers=2),
+    persist_result=True,
+    result_serializer="json",
+)
 def federated(
     params_file: str = "params.yaml", overrides: dict[str, Any] | None = None, standalone: bool = True
 ) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def partition(params_file: str, overrides: dict[str, Any]) -> dict[str, Any]:
     path = Path(params_file)
     settings, project = load_settings(path, overrides), Project(path.parent)
     try:
-        Federation.open(project.partition).check_fresh(settings)
+        Federation.open(project.partition).check_fresh(settings, project.raw)
     except DataError:
         write_partition(settings, project.raw, project.partition)
     federation = Federation.open(project.partition)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import Task
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
 from fedpipe.errors import FedpipeError, StorageError
@@ -27,11 +26,11 @@ def worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any]) -> boo
 
 
 # The run's own state decides what is computed again, so Prefect's cache would only be a second opinion.
+# A result has a key of its own all the same: with neither, Prefect would announce results that it never writes.
 STEP: dict[str, Any] = {
     "persist_result": True,
     "result_serializer": "json",
-    "cache_policy": NO_CACHE,
-    "cache_result_in_memory": False,
+    "result_storage_key": "{task_run.id}.json",
 }
 RETRIED: dict[str, Any] = {
     **STEP,

@@ -9,6 +9,7 @@ from prefect import task
 
 from fedpipe import steps
 from fedpipe.config import load_settings
+from fedpipe.data.federation import Federation
 from fedpipe.project import Project
 from fedpipe.publish import publish as publish_run
 from fedpipe.report import write_report
@@ -21,7 +22,11 @@ from tasks.policy import RETRIED, STEP
 def plan(params_file: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """Check everything, decide the run, and open its directory."""
     path = Path(params_file)
-    opened = steps.prepare(Project(path.parent), load_settings(path, overrides))
+    project, settings = Project(path.parent), load_settings(path, overrides)
+    federation = Federation.open(project.partition)
+    federation.check_fresh(settings, project.raw)
+    federation.verify()
+    opened = steps.prepare(project, settings)
     return {
         "run_dir": str(opened.run.root),
         "resumed": opened.resumed,

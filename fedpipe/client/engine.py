@@ -9,6 +9,7 @@ Memory is bounded by the token budget, not by the number of clients or of record
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -33,6 +34,7 @@ class Engine(Protocol):
         batches: Sequence[np.ndarray],
         active: Sequence[TensorSpec],
         clip_norm: float | None,
+        seeds: Sequence[np.ndarray] | None = None,
     ) -> State:
         """Return, for each active tensor, (clients, *shape): zero for a client whose batch is empty.
 
@@ -43,6 +45,7 @@ class Engine(Protocol):
         batches : each client's batch, as indices into its records
         active : the tensors to differentiate; no gradient of any other is computed
         clip_norm : bound on the joint norm of one record's gradient over `active`; None for no bound
+        seeds : what dropout draws from, for each client (records,) int64; None for no dropout
         """
 
 
@@ -62,16 +65,20 @@ class CohortEngine:
         batches: Sequence[np.ndarray],
         active: Sequence[TensorSpec],
         clip_norm: float | None,
+        seeds: Sequence[np.ndarray] | None = None,
     ) -> State:
         sums = {spec.name: torch.zeros_like(state[spec.name]) for spec in active}
         pool = Encoded.join(records)
         starts = np.cumsum([0, *map(len, records)])
         chosen = np.concatenate([batch + start for batch, start in zip(batches, starts, strict=False)])
         owners = np.repeat(np.arange(len(batches)), [len(batch) for batch in batches])
+        drawn = None if seeds is None else np.concatenate(seeds)
         for part in micro_batches(pool.lengths[chosen], self.tokens_per_batch):
             clients = torch.from_numpy(owners[part]).to(self.device)
             inputs, labels = pool.batch(chosen[part], self.device)
-            add_clipped(sums, self._gradients(state, clients, inputs, labels, active), clients, clip_norm)
+            with dropout(self.model, drawn, chosen[part], self.device):
+                gradients = self._gradients(state, clients, inputs, labels, active)
+            add_clipped(sums, gradients, clients, clip_norm)
         return sums
 
     def _gradients(
@@ -110,6 +117,16 @@ def micro_batches(lengths: np.ndarray, tokens_per_batch: int) -> Iterator[np.nda
             low, high = (middle, high) if fits else (low, middle - 1)
         yield order[start:low]
         start = low
+
+
+@contextlib.contextmanager
+def dropout(model: AdaptedModel, seeds: np.ndarray | None, records: np.ndarray, device: torch.device) -> Iterator[None]:
+    """Let these records drop adapter inputs by their seeds, and leave the model without dropout."""
+    model.use_dropout(None if seeds is None else torch.from_numpy(seeds[records]).to(device))
+    try:
+        yield
+    finally:
+        model.use_dropout(None)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -15,7 +15,7 @@ from opacus import GradSampleModule
 from torch import Tensor, nn
 
 from fedpipe.client.clipping import add_clipped
-from fedpipe.client.engine import State, autocast, micro_batches
+from fedpipe.client.engine import State, autocast, dropout, micro_batches
 from fedpipe.models.lora import AdaptedModel, TensorSpec
 from fedpipe.models.task import Encoded
 
@@ -36,6 +36,7 @@ class OpacusEngine:
         batches: Sequence[np.ndarray],
         active: Sequence[TensorSpec],
         clip_norm: float | None,
+        seeds: Sequence[np.ndarray] | None = None,
     ) -> State:
         sums = {spec.name: torch.zeros_like(state[spec.name]) for spec in active}
         for row, (encoded, batch) in enumerate(zip(records, batches, strict=True)):
@@ -43,7 +44,9 @@ class OpacusEngine:
             for part in micro_batches(encoded.lengths[batch], self.tokens_per_batch):
                 inputs, labels = encoded.batch(batch[part], self.device)
                 owners = torch.full((len(part),), row, device=self.device)
-                add_clipped(sums, self._gradients(inputs, labels, active), owners, clip_norm)
+                with dropout(self.model, None if seeds is None else seeds[row], batch[part], self.device):
+                    gradients = self._gradients(inputs, labels, active)
+                add_clipped(sums, gradients, owners, clip_norm)
         return sums
 
     def _parameter(self, spec: TensorSpec) -> nn.Parameter:

@@ -9,9 +9,8 @@ What follows (filter, optimiser, norms) sees only what is already private.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,14 +19,13 @@ from torch import Tensor
 from fedpipe.client.engine import Engine, State
 from fedpipe.client.optimizers import Optimizer
 from fedpipe.config import OptimizerSettings
-from fedpipe.errors import TrainingError
-from fedpipe.files import canonical_json
+from fedpipe.errors import PrivacyError, TrainingError
 from fedpipe.methods import Method
 from fedpipe.models.lora import AdaptedModel, TensorSpec
 from fedpipe.models.task import Encoded
 from fedpipe.plan import ClientPlan, Plan
 from fedpipe.privacy.ledger import Ledger, LedgerEntry
-from fedpipe.privacy.noise import client_key, poisson_sample, step_noise
+from fedpipe.privacy.noise import KeyedStream, client_key, poisson_sample, step_noise
 
 
 @dataclass(frozen=True)
@@ -41,12 +39,11 @@ class CohortWork:
 
     round: int
     clients: tuple[str, ...]
-    records: Sequence[Encoded]
+    records: Sequence[Encoded] = field(repr=False)
     start: Mapping[str, Tensor]
     trained: frozenset[str]
     query: str
-    key: bytes
-    seed: int
+    key: bytes = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,10 @@ def train_cohort(
     TrainingError
         After the first step something stands still that should move, or moves that should
         not; or values are not finite.
+    PrivacyError
+        What was planned and what is there differ: the records, or a private plan without a ledger.
     """
+    _check_planned(work, plan, ledger)
     count, device = len(work.clients), engine.device
     state = {name: tensor.to(device).expand(count, *tensor.shape).clone() for name, tensor in work.start.items()}
     optimizer = Optimizer(optimizer_settings, work.round)
@@ -95,9 +95,8 @@ def train_cohort(
             poisson_sample(key, work.query, work.round, client, step, client_plan.records, client_plan.sampling_rate)
             for key, client, client_plan in zip(keys, work.clients, plans, strict=True)
         ]
-        model.use_dropout(_dropout(work, step, device))
-        sums = engine.clipped_sums(state, work.records, batches, active, plan.clip_norm)
-        model.use_dropout(None)
+        seeds = _dropout_seeds(work, keys, step) if model.has_dropout else None
+        sums = engine.clipped_sums(state, work.records, batches, active, plan.clip_norm, seeds)
         if plan.clip_norm is not None:
             _add_noise(sums, work, plans, keys, step, plan.clip_norm)
         gradients = {name: _divide(total, plans) for name, total in sums.items()}
@@ -116,6 +115,14 @@ def train_cohort(
         client: _update({spec.name: state[spec.name][row] for spec in sent}, work.start, snr[row])
         for row, client in enumerate(work.clients)
     }
+
+
+def _check_planned(work: CohortWork, plan: Plan, ledger: Ledger | None) -> None:
+    if plan.private and ledger is None:
+        raise PrivacyError("a private plan cannot run without a ledger")
+    for client, records in zip(work.clients, work.records, strict=True):
+        if len(records) != (planned := plan.clients[client].records):
+            raise PrivacyError(f"client {client} has {len(records)} records; the plan's sampling rate is for {planned}")
 
 
 def active_specs(model: AdaptedModel, method: Method, work: CohortWork, step: int) -> list[TensorSpec]:
@@ -173,10 +180,16 @@ def _energy(gradients: State) -> np.ndarray:
     return torch.stack(squares).sum(0).cpu().numpy()
 
 
-def _dropout(work: CohortWork, step: int, device: torch.device) -> torch.Generator:
-    name = canonical_json(["dropout", work.seed, work.round, work.clients[0], step])
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-    return torch.Generator(device).manual_seed(seed)
+def _dropout_seeds(work: CohortWork, keys: Sequence[bytes], step: int) -> list[np.ndarray]:
+    """Draw a seed for each record of each client.
+
+    They are secret: were they known, a record more or less would hand the seeds of all records
+    behind it to others, and move their gradients too.
+    """
+    return [
+        KeyedStream(key, "dropout", work.query, work.round, client, step).uint64(len(records)).view(np.int64)
+        for key, client, records in zip(keys, work.clients, work.records, strict=True)
+    ]
 
 
 def check_first_step(
@@ -199,7 +212,7 @@ def check_first_step(
             if moved.any():
                 raise TrainingError(f"'{spec.name}' moved in a step that does not train it")
             continue
-        # Noise moves everything. Without it an empty batch moves nothing, and neither does A while B is zero.
+        # Noise moves everything. Without it an empty batch moves nothing, and neither does A while B is about zero.
         expected = np.array([private or len(batch) > 0 for batch in batches])
         if spec.factor == "A" and not private:
             expected &= _partner_moves(before, spec)
@@ -211,9 +224,14 @@ def check_first_step(
 
 
 def _partner_moves(before: State, spec: TensorSpec) -> np.ndarray:
-    """Say for each client whether the gradient of A can be other than zero: B is not zero."""
+    """Say for each client whether B is large enough to move A.
+
+    A step of A is to one of B as B is to A, and B is a few steps from zero: a step moves A by
+    about B^2 / A, which float32 does not resolve while B is below 2^-12 of A.
+    """
     partner = before[spec.name.replace("lora_A", "lora_B")]
-    return (partner != 0).flatten(1).any(1).cpu().numpy()
+    size, own = (tensor.flatten(1).abs().amax(1) for tensor in (partner, before[spec.name]))
+    return (size > 1e-3 * own).cpu().numpy()
 
 
 def _check_finite(state: State, work: CohortWork) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from fedpipe.config import Settings
+from fedpipe.data.origin import NAME as ORIGIN
 from fedpipe.data.origin import read_origin
 from fedpipe.data.partition import assign, natural_values, split_test
 from fedpipe.data.sources import read_records
@@ -208,19 +209,44 @@ class Federation:
         # Dataset.from_file would write the results of `map` beside the file, into DVC's output.
         return datasets.Dataset(pa.ipc.open_stream(pa.memory_map(str(path))).read_all())
 
-    def check_fresh(self, settings: Settings) -> None:
-        """Check that this partition is the one that `settings` ask for.
+    def verify(self) -> None:
+        """Check all files against the manifest.
 
         Raises
         ------
         DataError
-            It was made with other settings; the message names each key, old and new value.
+            A file is missing or damaged.
+        """
+        for client in self.clients:
+            self.client(client)
+        self.test()
+
+    def check_fresh(self, settings: Settings, raw: Path | None = None) -> None:
+        """Check that this partition is the one that `settings` ask for.
+
+        Parameters
+        ----------
+        raw
+            Where the records were fetched to. Where they are there, they must be the ones that
+            were dealt; a partition can also be used without them.
+
+        Raises
+        ------
+        DataError
+            It was made with other settings, and the message names each key, old and new value; or
+            of other records.
         """
         old, new = _flat(self.manifest["settings"]), _flat(partition_settings(settings))
         changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
         if changed:
             listed = ", ".join(f"{key} {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}" for key in changed)
             raise DataError(f"{self.path}: stale partition: {listed}; run `dvc repro` or `fedpipe partition`")
+        source = self.manifest["source"]
+        if raw is not None and (raw / ORIGIN).exists() and read_origin(raw, "data")["files"] != source["files"]:
+            raise DataError(
+                f"{self.path}: stale partition: {source['source']} has other records now; "
+                "run `dvc repro` or `fedpipe partition`"
+            )
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

@@ -47,19 +47,50 @@ class PerRecordLinear(nn.Module):
 
 
 class KeyedDropout(nn.Module):
-    """Dropout that draws from a generator given from outside; without one it does nothing.
+    """Dropout that belongs to the record: what is dropped follows from its seed and the place in its input.
 
-    The global generator's position depends on all that ran before, which a restarted run
-    does not repeat.
+    Which others share a record's batch has no say in it. Draws from one generator for a whole
+    batch would shift with every record that comes or goes, so that one record could move the
+    sum of gradients by more than the clip norm, and another token budget would be another
+    computation. Without seeds it does nothing.
+
+    Parameters
+    ----------
+    probability : of an input to be dropped
+    layer : tells the draws of this layer from those of others
     """
 
-    def __init__(self, probability: float) -> None:
+    def __init__(self, probability: float, layer: int) -> None:
         super().__init__()
         self.probability = probability
-        self.generator: torch.Generator | None = None
+        self.layer = layer
+        self.seeds: Tensor | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if self.generator is None:
+        if self.seeds is None:
             return inputs
-        draws = torch.rand(inputs.shape, generator=self.generator, device=inputs.device)
-        return inputs * (draws >= self.probability) / (1 - self.probability)
+        rows = inputs.reshape(len(self.seeds), -1)
+        places = torch.arange(rows.shape[1], device=rows.device) * _GOLDEN
+        draws = _mixed(_mixed(self.seeds + self.layer)[:, None] + places)
+        kept = _shifted(draws, 11) >= int(self.probability * 2**53)
+        return (rows * kept / (1 - self.probability)).reshape(inputs.shape)
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+
+
+def _shifted(bits: Tensor, count: int) -> Tensor:
+    """Shift right and fill with zeros; torch itself fills with the sign."""
+    return (bits >> count) & (2 ** (64 - count) - 1)
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    """Return 64 bits that depend on all 64 given ones (SplitMix64, Steele, Lea and Flood 2014); int64."""
+    bits = (bits ^ _shifted(bits, 30)) * _FIRST
+    bits = (bits ^ _shifted(bits, 27)) * _SECOND
+    return bits ^ _shifted(bits, 31)

@@ -24,7 +24,7 @@ from fedpipe.config import LoraSettings
 from fedpipe.errors import DataError, SettingsError, nearest
 from fedpipe.models.batched import KeyedDropout, PerRecordLinear
 from fedpipe.models.source import Backbone
-from fedpipe.models.task import Task, linear_layers
+from fedpipe.models.task import Task, linear_layers, load_tokenizer, padding_token
 
 Factor = Literal["A", "B", "head"]
 
@@ -94,11 +94,15 @@ class AdaptedModel:
         for spec in self.specs:
             setattr(self._twins[spec.module], spec.parameter, tensors[spec.name])
 
-    def use_dropout(self, generator: torch.Generator | None) -> None:
-        """Drop adapter inputs by this generator's draws; None turns dropout off."""
+    @property
+    def has_dropout(self) -> bool:
+        return any(isinstance(module, KeyedDropout) for module in self.model.modules())
+
+    def use_dropout(self, seeds: Tensor | None) -> None:
+        """Drop adapter inputs by these seeds, (n,) int64, one for each record; None turns dropout off."""
         for module in self.model.modules():
             if isinstance(module, KeyedDropout):
-                module.generator = generator
+                module.seeds = seeds
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Any:
         """Return the backbone's outputs; `hidden` among the inputs is for models that skip their frozen layers."""
@@ -125,8 +129,9 @@ def build_model(backbone: Backbone, task: Task, settings: LoraSettings, seed: in
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     base, missing = task.load(backbone.path)
-    if base.config.pad_token_id is None:
-        base.config.pad_token_id = base.config.eos_token_id or 0
+    # Decoders classify at the last token that is no padding. With another idea of padding than the batches have
+    # they would read a position that depends on the longest record of the batch.
+    base.config.pad_token_id = padding_token(load_tokenizer(backbone.path))
     head = [
         name
         for name, child in base.named_children()
@@ -143,6 +148,11 @@ def build_model(backbone: Backbone, task: Task, settings: LoraSettings, seed: in
         bias="none",
     )
     fresh_head = {name for name in missing if name.split(".", 1)[0] in head}
+    if lost := sorted(missing - fresh_head):
+        raise DataError(
+            f"{backbone.path}: has no weights for '{lost[0]}', which is not trained and would be random in every "
+            "process; use a backbone that was saved with them"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of its own bookkeeping (fan_in_fan_out, missing head keys)
         try:
@@ -191,9 +201,8 @@ def _top_layers(model: PreTrainedModel, count: int | None) -> list[int] | None:
 
 def _key_dropout(model: PeftModel, probability: float) -> None:
     if probability > 0:
-        for layer in model.modules():
-            if hasattr(layer, "lora_dropout"):
-                layer.lora_dropout["default"] = KeyedDropout(probability)
+        for number, layer in enumerate(module for module in model.modules() if hasattr(module, "lora_dropout")):
+            layer.lora_dropout["default"] = KeyedDropout(probability, number)
 
 
 def _specs(model: PeftModel) -> list[TensorSpec]:

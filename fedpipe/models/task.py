@@ -16,9 +16,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from fedpipe.errors import DataError
+from fedpipe.models.pooled import MeanPooledClassifier
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Task(Protocol):
 
     labels: tuple[str, ...]
 
-    def load(self, path: Path) -> tuple[PreTrainedModel, set[str]]:
+    def load(self, path: Path) -> tuple[nn.Module, set[str]]:
         """Load a backbone with this task's head; also return the names of parameters that were not in the file."""
 
     def encode(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
@@ -104,28 +106,39 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class TextClassification:
-    """A label for a text; cross-entropy; accuracy."""
+    """A label for a text; cross-entropy; accuracy.
+
+    `pooling` says what the head reads: `default` is the architecture's own classifier, `mean`
+    the mean of the token states.
+    """
 
     labels: tuple[str, ...]
+    pooling: str = "default"
 
-    def load(self, path: Path) -> tuple[PreTrainedModel, set[str]]:
+    def load(self, path: Path) -> tuple[nn.Module, set[str]]:
         names = dict(enumerate(self.labels))
+        options: dict[str, Any] = {
+            "num_labels": len(names),
+            "id2label": names,
+            "label2id": {label: index for index, label in names.items()},
+            "dtype": torch.float32,
+            "local_files_only": True,
+            "use_safetensors": True,
+        }
+        # That the head is new is expected, and not worth a page of warnings.
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
         try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                path,
-                num_labels=len(names),
-                id2label=names,
-                label2id={label: index for index, label in names.items()},
-                dtype=torch.float32,
-                local_files_only=True,
-                output_loading_info=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-            )
+            if self.pooling == "mean":
+                model, info = MeanPooledClassifier.from_pretrained(path, **options)
+            else:
+                model, info = AutoModelForSequenceClassification.from_pretrained(
+                    path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                )
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{path}: cannot be loaded as a text classifier: {_first_line(error)}") from error
-        mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
-        return model.eval(), set(info["missing_keys"]) | mismatched
+        mismatched = (entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"])
+        return model.eval(), {*info["missing_keys"], *mismatched}
 
     def encode(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
         rows = tokenizer(list(dataset["text"]), truncation=True, max_length=max_length)["input_ids"]
@@ -148,6 +161,11 @@ class TextClassification:
 
 
 TASKS: dict[str, type[TextClassification]] = {"text-classification": TextClassification}
+
+
+def make_task(name: str, labels: Sequence[str], pooling: str) -> Task:
+    """Return the task of the settings for these labels."""
+    return TASKS[name](tuple(labels), pooling)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -18,8 +18,9 @@ from fedpipe.client.engine import micro_batches
 from fedpipe.data.federation import Federation
 from fedpipe.errors import StateError
 from fedpipe.files import read_json, write_json
+from fedpipe.models.loading import adapter_task, load_base
 from fedpipe.models.source import open_backbone
-from fedpipe.models.task import TASKS, Task, load_tokenizer
+from fedpipe.models.task import load_tokenizer
 from fedpipe.project import Project
 
 
@@ -36,8 +37,8 @@ def evaluate_adapter(project: Project) -> dict[str, Any]:
     settings = read_json(project.reports / "run.json")["settings"]
     federation = Federation.open(project.partition)
     backbone = open_backbone(project.backbone, settings["model.backbone"])
-    task = TASKS[settings["model.task"]](federation.labels)
-    model = load_adapter(task, backbone.path, project.adapter)
+    task = adapter_task(project.adapter)
+    model = load_adapter(backbone.path, project.adapter)
     records = task.encode(federation.test(), load_tokenizer(backbone.path), settings["data.max_length"])
     device = torch.device("cpu")
     size = len(federation.labels)
@@ -53,9 +54,9 @@ def evaluate_adapter(project: Project) -> dict[str, Any]:
     return evaluation
 
 
-def load_adapter(task: Task, backbone: Path, adapter: Path) -> PeftModel:
+def load_adapter(backbone: Path, adapter: Path) -> PeftModel:
     """Load an exported adapter onto its backbone with stock peft."""
-    base, _ = task.load(backbone)
+    base = load_base(adapter, backbone)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that is going away
         return PeftModel.from_pretrained(base, adapter).eval()

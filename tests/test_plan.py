@@ -1,0 +1,204 @@
+"""The plan: what is sampled, what is accounted and who takes part fit together before anything runs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from fedpipe.config import Settings, parse_settings
+from fedpipe.errors import PrivacyError, SettingsError
+from fedpipe.plan import Plan, make_plan
+from fedpipe.privacy.accounting import epsilon, epsilon_prv, epsilon_rdp
+
+SIZES = {"c000": 3000, "c001": 1200, "c002": 700, "c003": 90}
+
+
+def settings_of(**sections: Any) -> Settings:
+    values: dict[str, Any] = {
+        "seed": 5,
+        "data": {"source": "records.csv"},
+        "partition": {"scheme": "iid", "clients": 4},
+        "model": {"backbone": "backbone"},
+        "federation": {"rounds": 6, "local_steps": 3, "batch_size": 128},
+        "privacy": {"epsilon": 3.0, "accountant": "rdp"},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    return parse_settings(values)
+
+
+def private(**keys: Any) -> dict[str, Any]:
+    return {"privacy": {"epsilon": 3.0, "accountant": "rdp", **keys}}
+
+
+# Budget
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "prv"])
+@pytest.mark.parametrize("target", [1.0, 8.0])
+def test_every_client_stays_within_epsilon_at_its_cap(accountant: str, target: float) -> None:
+    plan = make_plan(settings_of(**private(epsilon=target, accountant=accountant)), SIZES)
+    for client in plan.clients.values():
+        spent = epsilon(client.history_at_cap, plan.delta, accountant)
+        assert 0.97 * target < spent <= target
+        # Not calibrated for fewer steps or less sampling than what will run.
+        (sigma, rate, steps) = client.history_at_cap[0]
+        assert (rate, steps) == (client.sampling_rate, 6 * 3)
+        assert sigma == client.noise_multiplier
+        assert epsilon([(sigma, rate, 2 * steps)], plan.delta, accountant) > target
+
+
+def test_the_cap_bounds_the_steps_that_sigma_is_calibrated_on() -> None:
+    federation = {"rounds": 6, "clients_per_round": 2, "local_steps": 3, "batch_size": 128}
+    free = make_plan(settings_of(federation=federation), SIZES)
+    capped = make_plan(settings_of(federation={**federation, "max_participations": 4}), SIZES)
+    loose = make_plan(settings_of(federation={**federation, "max_participations": 99}), SIZES)
+    for name in SIZES:
+        assert free.clients[name].max_steps == 18
+        assert capped.clients[name].max_steps == 12
+        assert capped.clients[name].noise_multiplier < free.clients[name].noise_multiplier
+    assert loose == free
+
+
+def test_no_client_takes_part_more_often_than_its_cap() -> None:
+    federation = {"rounds": 6, "clients_per_round": 2, "max_participations": 4, "local_steps": 1}
+    busiest = []
+    for seed in range(30):
+        plan = make_plan(settings_of(seed=seed, federation=federation, privacy={"unit": "none"}), SIZES)
+        busiest.append(max(sum(name in members for members in plan.participants) for name in SIZES))
+        assert all(len(set(members)) == len(members) == 2 for members in plan.participants)
+    assert max(busiest) == 4
+    uncapped = {**federation, "max_participations": None}
+    plans = [make_plan(settings_of(seed=s, federation=uncapped, privacy={"unit": "none"}), SIZES) for s in range(30)]
+    assert any(sum(name in m for m in plan.participants) > 4 for plan in plans for name in SIZES), "the cap never bound"
+
+
+def test_a_cap_too_low_says_which_round_fails_and_what_to_change() -> None:
+    federation = {"rounds": 9, "clients_per_round": 2, "max_participations": 4}
+    with pytest.raises(SettingsError, match=r"federation\.max_participations: with 4 a client, round 9 of 9") as caught:
+        make_plan(settings_of(federation=federation), SIZES)
+    assert "raise it" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_sampling_is_without_amplification_by_client_sampling() -> None:
+    """One of four clients a round needs the noise of all four: the server knows who took part."""
+    everyone = make_plan(settings_of(), SIZES)
+    federation = {"rounds": 6, "local_steps": 3, "batch_size": 128, "clients_per_round": 1}
+    one = make_plan(settings_of(federation=federation), SIZES)
+    for name in SIZES:
+        assert one.clients[name].noise_multiplier == everyone.clients[name].noise_multiplier
+
+
+# Sampling
+
+
+def test_rates_and_expected_sizes_are_the_batch_over_the_records() -> None:
+    plan = make_plan(settings_of(), SIZES)
+    for name in ("c000", "c001", "c002"):
+        client = plan.clients[name]
+        assert client.sampling_rate == 128 / SIZES[name]
+        assert client.expected_batch == 128.0
+        assert client.records == SIZES[name]
+
+
+def test_a_batch_larger_than_the_client_takes_every_record() -> None:
+    plan = make_plan(settings_of(), SIZES)
+    small = plan.clients["c003"]
+    assert small.sampling_rate == 1.0
+    assert small.expected_batch == 90.0
+    # Without subsampling nothing is amplified: more noise than for any client that samples.
+    assert small.noise_multiplier > max(plan.clients[n].noise_multiplier for n in ("c000", "c001", "c002"))
+    assert epsilon_rdp([(small.noise_multiplier, 1.0, 18)], plan.delta) <= 3.0
+
+
+def test_participants_depend_on_the_seed_only() -> None:
+    federation = {"rounds": 12, "clients_per_round": 2}
+    first = make_plan(settings_of(federation=federation), SIZES).participants
+    assert first == make_plan(settings_of(federation=federation), dict(reversed(SIZES.items()))).participants
+    # Neither the records nor the budget say who takes part.
+    other = {name: 500 for name in SIZES}
+    changed = settings_of(federation={**federation, "batch_size": 16, "local_steps": 1}, **private(epsilon=9.0))
+    assert first == make_plan(changed, other).participants
+    assert first != make_plan(settings_of(seed=6, federation=federation), SIZES).participants
+    assert len(set(first)) > 3
+
+
+def test_a_shorter_run_begins_as_a_longer_one() -> None:
+    federation = {"clients_per_round": 2, "local_steps": 1}
+    short = make_plan(settings_of(federation={**federation, "rounds": 4}), SIZES).participants
+    long = make_plan(settings_of(federation={**federation, "rounds": 9}), SIZES).participants
+    assert short == long[:4]
+
+
+def test_all_clients_take_part_where_no_number_is_given() -> None:
+    assert set(make_plan(settings_of(), SIZES).participants) == {tuple(sorted(SIZES))}
+
+
+def test_more_clients_a_round_than_there_are_is_refused() -> None:
+    values = {"partition": {"scheme": "natural", "clients": None, "column": "topic"}}
+    settings = settings_of(**values, federation={"clients_per_round": 5})
+    with pytest.raises(SettingsError, match=r"clients_per_round: found 5; the partition has 4 clients"):
+        make_plan(settings, SIZES)
+
+
+# Delta
+
+
+def test_delta_auto_is_a_tenth_of_a_record_at_most_1e_5() -> None:
+    assert make_plan(settings_of(), SIZES).delta == 1e-5
+    assert make_plan(settings_of(), {"c000": 200_000}).delta == pytest.approx(1 / 2_000_000)
+
+
+def test_a_given_delta_is_taken() -> None:
+    assert make_plan(settings_of(**private(delta=1e-7)), SIZES).delta == 1e-7
+
+
+@pytest.mark.parametrize("delta", [1 / 3000, 0.01, 0.5])
+def test_a_delta_that_publishing_a_record_would_meet_is_refused(delta: float) -> None:
+    with pytest.raises(PrivacyError, match=r"privacy\.delta: .* with 3000 records .* less than 0\.00033") as caught:
+        make_plan(settings_of(**private(delta=delta)), SIZES)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_epsilon_that_cannot_be_reached_is_one_line() -> None:
+    with pytest.raises(PrivacyError, match=r"privacy\.epsilon: .* cannot be reached") as caught:
+        make_plan(settings_of(**private(epsilon=1e-6, accountant="rdp")), SIZES)
+    assert "\n" not in str(caught.value)
+
+
+# Without privacy, and as JSON
+
+
+def test_without_privacy_there_is_no_noise_no_clip_and_no_epsilon() -> None:
+    plan = make_plan(settings_of(privacy={"unit": "none", "epsilon": 3.0, "clip_norm": 1.0}), SIZES)
+    assert not plan.private
+    assert (plan.epsilon, plan.delta, plan.clip_norm, plan.adjacency) == (None, None, None, None)
+    assert all(client.noise_multiplier is None and client.history_at_cap == () for client in plan.clients.values())
+    # The batches are those of the private run.
+    with_privacy = make_plan(settings_of(), SIZES)
+    assert [c.sampling_rate for c in plan.clients.values()] == [c.sampling_rate for c in with_privacy.clients.values()]
+
+
+@pytest.mark.parametrize("unit", ["record", "none"])
+def test_a_plan_survives_json_exactly(unit: str) -> None:
+    plan = make_plan(settings_of(privacy={"unit": unit, "accountant": "rdp"}), SIZES)
+    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert again == plan
+    assert isinstance(again.participants[0], tuple)
+
+
+def test_the_adjacency_and_what_is_protected_are_in_the_plan() -> None:
+    plan = make_plan(settings_of(), SIZES)
+    assert plan.unit == "record"
+    assert plan.adjacency == "add/remove one record of one client"
+    assert (plan.rounds, plan.local_steps, plan.clip_norm) == (6, 3, 1.0)
+
+
+def test_prv_needs_no_more_noise_than_rdp() -> None:
+    by = {a: make_plan(settings_of(**private(accountant=a)), SIZES).clients for a in ("prv", "rdp")}
+    for name in SIZES:
+        assert by["prv"][name].noise_multiplier <= by["rdp"][name].noise_multiplier
+        assert epsilon_prv(by["rdp"][name].history_at_cap, 1e-5) <= 3.0
