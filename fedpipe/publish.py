@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from fedpipe.files import write_atomic, write_json, write_tensors
@@ -123,6 +124,7 @@ def _facts(
         "git_commit": info["git_commit"],
         "versions": info["versions"],
         "started": info["started"],
+        "finished": _finished(run),
         "dp_valid": run.dp_valid,
         "mlflow": mlflow,
         "trainable_parameters": sum(s.numel for s in workspace.model.specs if s.name in workspace.trained),
@@ -135,6 +137,12 @@ def _facts(
             for record in records[1:]
         ],
     }
+
+
+def _finished(run: Run) -> str:
+    """Return when the last round was recorded, however often the run is published."""
+    recorded = (run.round_dir(run.plan.rounds) / "round.json").stat().st_mtime
+    return datetime.fromtimestamp(recorded, UTC).isoformat(timespec="seconds")
 
 
 def _csv(rows: list[dict[str, float | None]]) -> bytes:

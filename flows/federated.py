@@ -34,7 +34,8 @@ def _flow_run_name() -> str:
         settings = load_settings(Path(given["params_file"]), given["overrides"] or {})
     except FedpipeError:
         return "federated"
-    return f"{settings.method.name} / {settings.federation.rounds} rounds / seed {settings.seed}"
+    count = settings.federation.rounds
+    return f"{settings.method.name} / {count} round{'' if count == 1 else 's'} / seed {settings.seed}"
 
 
 @flow(
@@ -80,17 +81,15 @@ def _experiment(
     standalone: bool,
 ) -> dict[str, Any]:
     progress.start(header(run))
+    for note in opened["notes"]:
+        progress.note(note)
     if opened["changes"]:
         progress.note(f"a new run; since {opened['previous']}: " + "; ".join(opened["changes"]))
     tracker = Tracker.open(tracking, describe(run), run.root / "mlflow.json")
     status = "FAILED"
     try:
         _rounds(run, tracker, progress)
-        metrics = rounds.publish(str(run.root), tracker.info or None)
-        if standalone:
-            rounds.report(str(run.root))
-        last = round_metrics(run.round_record(run.plan.rounds))
-        tracker.log_final(last, project.adapter, project.reports, summarise(run, metrics))
+        metrics = _publish(run, project, tracker, standalone)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -116,6 +115,19 @@ def _rounds(run: Run, tracker: Tracker, progress: Progress) -> None:
         update_progress_artifact(bar, 100 * number / run.plan.rounds)
     rows = [round_row(run.round_record(number)) for number in range(run.plan.rounds + 1)]
     create_table_artifact(table=rows, key="rounds", description=run.root.name)
+
+
+def _publish(run: Run, project: Project, tracker: Tracker, standalone: bool) -> dict[str, Any]:
+    run_dir = str(run.root)
+    metrics = rounds.publish(run_dir, None)
+    tracker.log_final(round_metrics(run.round_record(run.plan.rounds)), project.adapter, summarise(run, metrics))
+    if tracker.info:
+        # Once more, now that the logged model has an id that the reports can name.
+        rounds.publish(run_dir, tracker.info)
+    if standalone:
+        rounds.report(run_dir)
+    tracker.log_reports(project.reports)
+    return metrics
 
 
 def _round(run: Run, number: int, progress: Progress) -> dict[str, Any]:

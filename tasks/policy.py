@@ -35,6 +35,6 @@ STEP: dict[str, Any] = {
 RETRIED: dict[str, Any] = {
     **STEP,
     "retries": RETRIES,
-    "retry_delay_seconds": 2,
+    "retry_delay_seconds": 1,
     "retry_condition_fn": worth_retrying,
 }

@@ -10,6 +10,7 @@ from prefect import task
 from fedpipe import steps
 from fedpipe.config import load_settings
 from fedpipe.data.federation import Federation
+from fedpipe.methods import compose, warnings_for
 from fedpipe.project import Project
 from fedpipe.publish import publish as publish_run
 from fedpipe.report import write_report
@@ -32,6 +33,7 @@ def plan(params_file: str, overrides: dict[str, Any]) -> dict[str, Any]:
         "resumed": opened.resumed,
         "changes": list(opened.changes),
         "previous": opened.previous,
+        "notes": warnings_for(compose(settings), settings),
     }
 
 

@@ -50,7 +50,8 @@ class Done:
 class Fault:
     """What happens at the `number`-th call of `function` in `module` (counted from 1): before it, or after it.
 
-    `kind` is a signal's name, or that of an errno: SIGKILL, SIGINT, ENOSPC, EROFS. A disk stays full from then on.
+    `kind` is the name of a signal or of an errno (SIGKILL, SIGINT, ENOSPC, EROFS), or BUG, an exception that nobody
+    expects. A signal comes once; the others come at every later call too, if they are `lasting`.
     """
 
     module: str
@@ -58,6 +59,7 @@ class Fault:
     number: int
     kind: str = "SIGKILL"
     after: bool = False
+    lasting: bool = True
 
 
 def new_project(root: Path, tracked: bool = False, **sections: Any) -> Path:
@@ -195,18 +197,24 @@ def _inject(fault: Fault) -> None:
     module: Any = importlib.import_module(fault.module)
     original, calls = getattr(module, fault.function), 0
 
+    def strike() -> None:
+        if fault.kind.startswith("SIG"):
+            os.kill(os.getpid(), getattr(signal, fault.kind))
+        elif fault.kind == "BUG":
+            raise RuntimeError("an injected fault")
+        else:
+            raise OSError(getattr(errno, fault.kind), os.strerror(getattr(errno, fault.kind)))
+
     def faulty(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        if not fault.kind.startswith("SIG"):
-            if calls >= fault.number:
-                raise OSError(getattr(errno, fault.kind), os.strerror(getattr(errno, fault.kind)))
-            return original(*args, **kwargs)
-        if calls == fault.number and not fault.after:
-            os.kill(os.getpid(), getattr(signal, fault.kind))
+        lasting = fault.lasting and not fault.kind.startswith("SIG")
+        due = calls == fault.number or (lasting and calls > fault.number)
+        if due and not fault.after:
+            strike()
         result = original(*args, **kwargs)
-        if calls == fault.number and fault.after:
-            os.kill(os.getpid(), getattr(signal, fault.kind))
+        if due and fault.after:
+            strike()
         return result
 
     setattr(module, fault.function, faulty)

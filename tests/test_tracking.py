@@ -107,7 +107,8 @@ def test_without_a_uri_nothing_is_recorded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tracker = start(TrackingSettings(uri=None))
     tracker.log_round(0, METRICS, None)
-    tracker.log_final(METRICS, tmp_path, tmp_path, "")
+    tracker.log_final(METRICS, tmp_path, "")
+    tracker.log_reports(tmp_path)
     assert (tracker.close("FINISHED"), tracker.info, tracker.run_url) == ({}, {}, None)
     assert list(tmp_path.iterdir()) == []
 
@@ -297,7 +298,8 @@ def test_a_damaged_list_of_pending_entries_is_named(settings):
 def finish(tracker, adapter=None):
     adapter = adapter or directory("models/adapter", **{"adapter_config.json": "{}"})
     reports = directory("reports", **{"metrics.json": "{}", "report.html": "<html>"})
-    tracker.log_final({"eval/accuracy": 0.5, "final/accuracy": 0.75, "none": None}, adapter, reports, "**private**")
+    tracker.log_final({"eval/accuracy": 0.5, "final/accuracy": 0.75, "none": None}, adapter, "**private**")
+    tracker.log_reports(reports)
 
 
 def test_the_end_is_recorded_as_artifacts_and_as_a_model_once(settings, client):
@@ -464,7 +466,8 @@ tracker = Tracker.open(TrackingSettings(), description, Path("runs", run_id, "ml
 Path("out").mkdir(exist_ok=True)
 Path("out", "file").write_text("x")
 tracker.log_round(1, {"eval/loss": 1.0}, Path("out"))
-tracker.log_final({"final/loss": 1.0}, Path("out"), Path("out"), "")
+tracker.log_final({"final/loss": 1.0}, Path("out"), "")
+tracker.log_reports(Path("out"))
 tracker.close("FINISHED")
 """
 

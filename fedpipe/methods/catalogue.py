@@ -8,7 +8,7 @@ where its axis lives: factor schedules in `fedpipe.client.schedule`, gradient fi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedpipe.client.filters import FILTERS, Filter
@@ -150,6 +150,3 @@ def warnings_for(method: Method, settings: Settings) -> list[str]:
     if method.schedule == "alternate-round" and rounds == 1:
         notes.append(f"federation.rounds is 1: {method.name} trains B in odd rounds only, so A never moves")
     return notes
-
-
-assert {field.name for field in fields(Method)} >= set(AXES)

@@ -113,7 +113,14 @@ class AdaptedModel:
         """Return the content of peft's `adapter_config.json`, naming `backbone` as the base model."""
         config = self.model.peft_config["default"].to_dict()
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-        return {**plain, "base_model_name_or_path": backbone, "inference_mode": True, "revision": None}
+        heads = sorted({spec.name.split(".")[2] for spec in self.specs if spec.factor == "head"})
+        known = {
+            "base_model_name_or_path": backbone,
+            "inference_mode": True,
+            "revision": None,
+            "modules_to_save": heads,
+        }
+        return plain | known
 
 
 def build_model(backbone: Backbone, task: Task, settings: LoraSettings, seed: int) -> AdaptedModel:

@@ -75,7 +75,7 @@ class MlflowTracker(Tracker):
             entries.append(_artifacts(directory, f"rounds/{round:04d}"))
         self._pending.process(entries, self._perform)
 
-    def log_final(self, metrics: Mapping[str, float | None], adapter: Path, reports: Path, description: str) -> None:
+    def log_final(self, metrics: Mapping[str, float | None], adapter: Path, description: str) -> None:
         step = max((step for _, step in self._points), default=0)
         points = self._new_points(step, metrics)
         model = {
@@ -85,8 +85,10 @@ class MlflowTracker(Tracker):
             "step": step,
             "note": description,
         }
-        entries = [*points, _artifacts(adapter, "adapter"), _artifacts(reports, "reports"), model]
-        self._pending.process(entries, self._perform)
+        self._pending.process([*points, _artifacts(adapter, "adapter"), model], self._perform)
+
+    def log_reports(self, directory: Path) -> None:
+        self._pending.process([_artifacts(directory, "reports")], self._perform)
 
     def close(self, status: Status) -> dict[str, str | None]:
         if not self._pending.process([], self._perform):

@@ -52,8 +52,8 @@ class Tracker:
         Done again for the same round, it adds nothing. A metric that is None or not finite is left out.
         """
 
-    def log_final(self, metrics: Mapping[str, float | None], adapter: Path, reports: Path, description: str) -> None:
-        """Record the end: the adapter as artifacts and as a logged model, and the reports.
+    def log_final(self, metrics: Mapping[str, float | None], adapter: Path, description: str) -> None:
+        """Record the end: the adapter as artifacts and as a logged model. `info` then has its `model_id`.
 
         Parameters
         ----------
@@ -62,11 +62,12 @@ class Tracker:
             recorded already, the recorded value is the one that is linked.
         adapter
             A directory in PEFT format.
-        reports
-            A directory of files, recorded as artifacts below `reports/`.
         description
             Markdown, shown on the pages of the run and of the model.
         """
+
+    def log_reports(self, directory: Path) -> None:
+        """Record the files of a directory as artifacts below `reports/`."""
 
     def close(self, status: Status) -> dict[str, str | None]:
         """Offer once more what is pending, end the MLflow run, and return `info`."""
