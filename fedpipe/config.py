@@ -287,19 +287,20 @@ def _keys(location: Sequence[Any]) -> list[str]:
 
 
 def _path(location: Sequence[Any]) -> list[str]:
-    """Drop what pydantic appends to a location for the branch of a union."""
+    """Drop what pydantic puts into a location for the branch of a union."""
     path: list[str] = []
     for part in location:
-        if path and str(part) not in _keys(path) and not isinstance(part, int):
-            break
-        path.append(str(part))
+        if not path or str(part) in _keys(path) or isinstance(part, int):
+            path.append(str(part))
     return path
 
 
 def _explain_all(errors: Sequence[Mapping[str, Any]]) -> list[str]:
     """One line a mistake: a key that takes a number or a word is reported once for each, and joined here."""
     joined: dict[str, str] = {}
-    for line in map(_explain, errors):
+    # Of a list with a wrong item, the item is told, and not that a word would have done as well.
+    lists = [_path(error["loc"])[:-1] for error in errors if error["loc"] and isinstance(error["loc"][-1], int)]
+    for line in (_explain(error) for error in errors if _path(error["loc"]) not in lists):
         said, expected, what = line.partition("; expected ")
         joined[said] = f"{joined[said]} or {what}" if said in joined and expected else line
     return list(joined.values())

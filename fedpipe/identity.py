@@ -27,7 +27,16 @@ _NUMERIC = ("torch", "transformers", "tokenizers", "peft", "opacus", "numpy")
 
 # What computes numbers; a changed report or command line is not a changed experiment.
 _SCIENCE = ("client", "data", "methods", "models", "privacy", "server")
-_SCIENCE_FILES = ("config.py", "files.py", "identity.py", "plan.py", "state.py", "steps.py", "workspace.py")
+_SCIENCE_FILES = (
+    "budget.py",
+    "config.py",
+    "files.py",
+    "identity.py",
+    "plan.py",
+    "state.py",
+    "steps.py",
+    "workspace.py",
+)
 
 # How a run is computed and where it is shown; none of it changes what is computed.
 _NOT_IDENTITY = {"tracking", "runtime"}

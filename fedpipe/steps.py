@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedpipe.budget import check_round_spent, check_spent, epsilon_so_far, exhausted
 from fedpipe.client.training import CohortWork, payload, train_cohort
 from fedpipe.config import Settings
 from fedpipe.errors import PrivacyError, StateError, TrainingError
 from fedpipe.files import digest, file_digest, read_json, read_tensors, write_json, write_tensors
 from fedpipe.identity import changed_keys, identify
 from fedpipe.plan import make_plan
-from fedpipe.privacy.accounting import epsilon_prv, epsilon_rdp
 from fedpipe.privacy.noise import key_id
 from fedpipe.project import Project
 from fedpipe.server.aggregate import AGGREGATIONS
@@ -73,7 +72,7 @@ def begin_round(run_dir: Path, round: int) -> dict[str, Any]:
     check_spent(run, round - 1)
     if known is not None and known.get("query") == query:
         return known
-    excluded = _exhausted(run, round, query)
+    excluded = exhausted(run, round, query)
     participants = [client for client in run.plan.participants[round - 1] if client not in excluded]
     if not participants:
         raise PrivacyError(f"round {round}: every client has spent its budget; the state of {round - 1} rounds is kept")
@@ -130,50 +129,6 @@ def _readable(path: Path) -> dict[str, Any] | None:
             log.warning("%s; it is computed again", error)
         return None
     return value if isinstance(value, dict) else None
-
-
-def check_spent(run: Run, round: int) -> None:
-    """Check that the ledger holds what a complete round spent.
-
-    The chain in the ledger shows every change but one: that its end was cut off, or an older
-    copy put back. Epsilon would then be smaller than the truth.
-
-    Raises
-    ------
-    PrivacyError
-        Entries of the round are missing.
-    """
-    record = run.round_record(round)
-    if record is not None and round > 0 and run.plan.private:
-        _check_spent(run, round, record["query"], record["clients"])
-
-
-def _check_spent(run: Run, round: int, query: str, clients: Iterable[str]) -> None:
-    taken = Counter(entry.client for entry in run.ledger.entries() if (entry.round, entry.query) == (round, query))
-    lost = [client for client in clients if taken[client] < run.plan.local_steps]
-    if lost:
-        raise PrivacyError(
-            f"{run.ledger_path}: holds {taken[lost[0]]} of the {run.plan.local_steps} noisy steps that {lost[0]} took "
-            f"in round {round}, so epsilon is not known; restore the file from a newer copy"
-        )
-
-
-def _exhausted(run: Run, round: int, query: str) -> dict[str, str]:
-    """Return the clients whose budget this round would exceed, each with the reason.
-
-    A plan never asks for more steps than sigma was calibrated for; a round repeated under
-    another query (another device, say) is a release of its own and can.
-    """
-    if not run.plan.private:
-        return {}
-    excluded = {}
-    # Later rounds count too: they may have been taken before this one was deleted and begun again.
-    others = Counter(e.client for e in run.ledger.entries() if (e.round, e.query) != (round, query))
-    for client in run.plan.participants[round - 1]:
-        spent, limit = others[client], run.plan.clients[client].max_steps
-        if spent + run.plan.local_steps > limit:
-            excluded[client] = f"{spent} of {limit} noisy steps are spent; a round takes {run.plan.local_steps}"
-    return excluded
 
 
 def train(run_dir: Path, round: int, cohort: int) -> dict[str, str]:
@@ -299,7 +254,7 @@ def finish_round(
     run, workspace = open_workspace(run_dir)
     round_plan = read_json(run.round_dir(round) / "plan.json")
     if run.plan.private:
-        _check_spent(run, round, round_plan["query"], aggregated["clients"])
+        check_round_spent(run, round, round_plan["query"], aggregated["clients"])
     record = {
         "round": round,
         "query": round_plan["query"],
@@ -307,25 +262,12 @@ def finish_round(
         "metrics": dict(metrics),
         "clients": aggregated["clients"],
         "excluded": round_plan["excluded"],
-        **_epsilon(run),
+        **epsilon_so_far(run),
         **_traffic(run, workspace, round, len(aggregated["clients"])),
         "seconds": seconds,
     }
     write_json(run.round_dir(round) / "round.json", record)
     return record
-
-
-def _epsilon(run: Run) -> dict[str, float | None]:
-    if not run.plan.private:
-        return {"epsilon_max": None, "epsilon_rdp": None}
-    delta = run.plan.delta
-    histories = {run.ledger.history(client) for client in run.ledger.clients()}
-    rdp = max((epsilon_rdp(history, delta) for history in histories), default=0.0)
-    prv = max((epsilon_prv(history, delta) for history in histories), default=0.0)
-    reported = prv if run.plan.accountant == "prv" else rdp
-    if reported > run.plan.epsilon:
-        raise PrivacyError(f"the ledger's epsilon is {reported:.4f}, above the target {run.plan.epsilon:g}; stopped")
-    return {"epsilon_max": reported, "epsilon_rdp": rdp}
 
 
 def _traffic(run: Run, workspace: Workspace, round: int, clients: int) -> dict[str, int]:

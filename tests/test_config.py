@@ -208,9 +208,7 @@ class TestOverride:
 
     @pytest.mark.parametrize("text", ["rounds", "=3", ""])
     def test_without_a_key_or_a_value(self, text: str) -> None:
-        with pytest.raises(
-            SettingsError, match=r"--set .*: expected section\.key=value, such as method\.name=ffa-lora"
-        ):
+        with pytest.raises(SettingsError, match=r"--set .*: expected section\.key=value, such as method\.name="):
             parse_override(text)
 
     def test_a_value_that_is_no_yaml(self) -> None:

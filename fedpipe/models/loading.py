@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
+from peft import PeftModel
 from torch import nn
 
 from fedpipe.files import read_json
@@ -36,3 +38,11 @@ def load_base(adapter: str | Path, backbone: str | Path | None = None) -> nn.Mod
     named = read_json(path / "adapter_config.json")["base_model_name_or_path"]
     base, _ = adapter_task(path).load(Path(backbone or named))
     return base
+
+
+def load_adapter(adapter: str | Path, backbone: str | Path | None = None) -> PeftModel:
+    """Load an adapter onto its base model with stock peft, for evaluation; arguments as `load_base` takes them."""
+    base = load_base(adapter, backbone)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that is going away
+        return PeftModel.from_pretrained(base, adapter).eval()

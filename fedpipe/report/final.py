@@ -6,19 +6,16 @@ is what a user gets, and not what the training held in memory.
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 
 from fedpipe.client.engine import micro_batches
 from fedpipe.data.federation import Federation
 from fedpipe.errors import StateError
 from fedpipe.files import read_json, write_json
-from fedpipe.models.loading import adapter_task, load_base
+from fedpipe.models.loading import adapter_task, load_adapter
 from fedpipe.models.source import open_backbone
 from fedpipe.models.task import load_tokenizer
 from fedpipe.project import Project
@@ -38,7 +35,7 @@ def evaluate_adapter(project: Project) -> dict[str, Any]:
     federation = Federation.open(project.partition)
     backbone = open_backbone(project.backbone, settings["model.backbone"])
     task = adapter_task(project.adapter)
-    model = load_adapter(backbone.path, project.adapter)
+    model = load_adapter(project.adapter, backbone.path)
     records = task.encode(federation.test(), load_tokenizer(backbone.path), settings["data.max_length"])
     device = torch.device("cpu")
     size = len(federation.labels)
@@ -52,14 +49,6 @@ def evaluate_adapter(project: Project) -> dict[str, Any]:
     evaluation = _summary(federation.labels, confusion, loss)
     write_json(project.reports / "evaluation.json", evaluation)
     return evaluation
-
-
-def load_adapter(backbone: Path, adapter: Path) -> PeftModel:
-    """Load an exported adapter onto its backbone with stock peft."""
-    base = load_base(adapter, backbone)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that is going away
-        return PeftModel.from_pretrained(base, adapter).eval()
 
 
 def _summary(labels: tuple[str, ...], confusion: np.ndarray, loss: float) -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""What a run may spend and what it has spent: the plan and the ledger held against each other.
+
+The plan promises an epsilon; the ledger says what was taken. Before a round, no client may
+go past what its noise was calibrated for. After it, the ledger must hold the whole round:
+not less, which would understate epsilon, and not more than the plan allows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from fedpipe.errors import PrivacyError
+from fedpipe.privacy.accounting import epsilon_prv, epsilon_rdp
+from fedpipe.state import Run
+
+
+def check_spent(run: Run, round: int) -> None:
+    """Check that the ledger holds what a complete round spent.
+
+    The chain in the ledger shows every change but one: that its end was cut off, or an older
+    copy put back. Epsilon would then be smaller than the truth.
+
+    Raises
+    ------
+    PrivacyError
+        Entries of the round are missing.
+    """
+    record = run.round_record(round)
+    if record is not None and round > 0 and run.plan.private:
+        check_round_spent(run, round, record["query"], record["clients"])
+
+
+def check_round_spent(run: Run, round: int, query: str, clients: Iterable[str]) -> None:
+    """Check that the ledger holds what these clients spent in a round of this query.
+
+    Raises
+    ------
+    PrivacyError
+        Entries are missing.
+    """
+    taken = Counter(entry.client for entry in run.ledger.entries() if (entry.round, entry.query) == (round, query))
+    lost = [client for client in clients if taken[client] < run.plan.local_steps]
+    if lost:
+        raise PrivacyError(
+            f"{run.ledger_path}: holds {taken[lost[0]]} of the {run.plan.local_steps} noisy steps that {lost[0]} took "
+            f"in round {round}, so epsilon is not known; restore the file from a newer copy"
+        )
+
+
+def exhausted(run: Run, round: int, query: str) -> dict[str, str]:
+    """Return the clients whose budget this round would exceed, each with the reason.
+
+    A plan never asks for more steps than sigma was calibrated for; a round repeated under
+    another query (another device, say) is a release of its own and can.
+    """
+    if not run.plan.private:
+        return {}
+    excluded = {}
+    # Later rounds count too: they may have been taken before this one was deleted and begun again.
+    others = Counter(e.client for e in run.ledger.entries() if (e.round, e.query) != (round, query))
+    for client in run.plan.participants[round - 1]:
+        spent, limit = others[client], run.plan.clients[client].max_steps
+        if spent + run.plan.local_steps > limit:
+            excluded[client] = f"{spent} of {limit} noisy steps are spent; a round takes {run.plan.local_steps}"
+    return excluded
+
+
+def epsilon_so_far(run: Run) -> dict[str, float | None]:
+    """Return the largest client's epsilon by the run's accountant and by RDP, of all that the ledger holds.
+
+    Raises
+    ------
+    PrivacyError
+        It is above the target.
+    """
+    if not run.plan.private:
+        return {"epsilon_max": None, "epsilon_rdp": None}
+    delta = run.plan.delta
+    histories = {run.ledger.history(client) for client in run.ledger.clients()}
+    rdp = max((epsilon_rdp(history, delta) for history in histories), default=0.0)
+    prv = max((epsilon_prv(history, delta) for history in histories), default=0.0)
+    reported = prv if run.plan.accountant == "prv" else rdp
+    if reported > run.plan.epsilon:
+        raise PrivacyError(f"the ledger's epsilon is {reported:.4f}, above the target {run.plan.epsilon:g}; stopped")
+    return {"epsilon_max": reported, "epsilon_rdp": rdp}
