@@ -166,4 +166,4 @@ def _flow(params: Path, overrides: tuple[str, ...], standalone: bool) -> None:
     with prefect_api():
         from flows.federated import federated
 
-        federated(str(params), dict(map(parse_override, overrides)), standalone)
+        federated(str(params.resolve()), dict(map(parse_override, overrides)), standalone)

@@ -28,8 +28,6 @@ from fedpipe.tracking.store import _ENVIRONMENT, open_store
 from flows import embedded
 from flows.settings import quiet
 
-# In the order in which the command imports them: opacus and MLflow set up logging, unless Prefect has.
-IMPORTED = ("prefect.main", "flows.federated", "mlflow", "fedpipe.tracking.run", "fedpipe.report.html")
 HIDDEN = ("PREFECT_", "MLFLOW_TRACKING", "MLFLOW_RUN", "MLFLOW_EXPERIMENT")
 
 
@@ -172,10 +170,12 @@ class _environment:  # noqa: N801 (a context manager)
 @lru_cache(maxsize=1)
 def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(IMPORTED))
+    context.set_forkserver_preload(["preloaded"])
     from multiprocessing import forkserver
 
-    with _environment(PREFECT_API_URL=prefect_url()):
+    # The fork server finds no module of the tests by itself.
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with _environment(PREFECT_API_URL=prefect_url(), PYTHONPATH=path):
         forkserver.ensure_running()
     return context
 

@@ -251,6 +251,7 @@ class TestStores:
         mistakes(done, r"tracking\.uri: .*sqlite:////proc/none/mlflow\.db cannot be used: .*", code=4)
         assert fedpipe(project, "run", *overridden("tracking.uri=null")).code == 0
 
+    @pytest.mark.slow
     def test_a_database_half_made(self, tmp_path: Path) -> None:
         """MLflow cannot go on with tables that a crash left half made."""
         project = new_project(tmp_path / "project", federation={"rounds": 1})
@@ -259,6 +260,7 @@ class TestStores:
         assert killed.code == -signal.SIGKILL
         assert fedpipe(project, "run", *tracked).code == 0
 
+    @pytest.mark.slow
     def test_a_prefect_server_that_does_not_answer(self, project: Path) -> None:
         done = real(project, "run", PREFECT_API_URL="http://127.0.0.1:9/api")
         mistakes(
@@ -267,14 +269,14 @@ class TestStores:
 
 
 class TestDisk:
-    @pytest.mark.parametrize("kind", ["ENOSPC", "EROFS", "EDQUOT", "EACCES"])
+    @pytest.mark.parametrize("kind", ["ENOSPC", "EROFS", "EACCES"])
     def test_nothing_can_be_written(self, project: Path, kind: str) -> None:
-        words = {"ENOSPC": "the disk is full; free", "EROFS": "read-only", "EDQUOT": "quota", "EACCES": "permission"}
+        words = {"ENOSPC": "the disk is full; free", "EROFS": "read-only", "EACCES": "permission"}
         done = fedpipe(project, "run", fault=Fault("tempfile", "mkstemp", 1, kind))
         mistakes(done, rf"data/raw/origin\.json: cannot write: .*{words[kind]}.* Run the same command again", code=4)
         assert [path for path in project.rglob("*.tmp")] == []
 
-    @pytest.mark.parametrize("number", [10, 20, 30, 40])
+    @pytest.mark.parametrize("number", [10, 35])
     def test_a_disk_that_fills_up_on_the_way(self, project: Path, number: int) -> None:
         """Wherever it happens, what is complete stays, and the next start goes on from there."""
         fault = Fault("os", "fsync", number, "ENOSPC")

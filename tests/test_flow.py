@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
 import torch
-from commands import Done, Fault, fedpipe, new_project, prefect, prefect_home
+from commands import Done, Fault, fedpipe, new_project, prefect, prefect_home, prefect_url
 from mlflow.entities import Run
 
 from fedpipe.data.federation import directory_digest
 from fedpipe.files import read_json, read_tensors
 
+ROOT = Path(__file__).parents[1]
 ROUNDS = 3
 TASKS = {
     "fetch data and backbone",
@@ -61,14 +66,11 @@ def points(project: Path, run: Run) -> list[tuple[str, int]]:
 
 def flow_runs(project: Path) -> list[dict[str, Any]]:
     found = prefect("flow_runs/filter", sort="START_TIME_ASC")
-    return [run for run in found if run["parameters"]["params_file"] == "params.yaml" and of(project, run)]
+    return [run for run in found if run["parameters"]["params_file"] == str(project / "params.yaml")]
 
 
-def of(project: Path, run: dict[str, Any]) -> bool:
-    """Say whether a flow run is one of this project: its plan's result names the run's directory."""
-    tasks = prefect("task_runs/filter", flow_runs={"id": {"any_": [run["id"]]}})
-    plans = [task for task in tasks if task["name"] == "plan"]
-    return any(stored(task["id"])["run_dir"].startswith(str(project)) for task in plans)
+def task_runs(flow_run: dict[str, Any]) -> list[dict[str, Any]]:
+    return prefect("task_runs/filter", flow_runs={"id": {"any_": [flow_run["id"]]}})
 
 
 def stored(task_run: str) -> Any:
@@ -167,14 +169,14 @@ class TestPrefect:
         (run,) = flow_runs(project)
         assert run["name"] == "la-lora / 3 rounds / seed 3"
         assert run["state_type"] == "COMPLETED"
-        tasks = prefect("task_runs/filter", flow_runs={"id": {"any_": [run["id"]]}})
+        tasks = task_runs(run)
         assert {task["name"] for task in tasks} == TASKS
         assert len(tasks) == len(TASKS) + 1  # published again once the logged model has an id
         assert {task["state_type"] for task in tasks} == {"COMPLETED"}
 
     def test_results_are_json(self, project: Path) -> None:
         (run,) = flow_runs(project)
-        tasks = prefect("task_runs/filter", flow_runs={"id": {"any_": [run["id"]]}})
+        tasks = task_runs(run)
         results = {task["name"]: stored(task["id"]) for task in tasks}
         assert results["round 3 / evaluate"] == {
             name: read_json(project / "reports" / "metrics.json")[name] for name in ("accuracy", "loss")
@@ -228,7 +230,7 @@ def test_cohorts_of_one_client_give_the_same(project: Path, tmp_path: Path) -> N
     clients = [read_json(root / "reports" / "ledger.json")["clients"] for root in (project, split)]
     assert [c["entries"] for c in clients[0].values()] == [c["entries"] for c in clients[1].values()]
     (run,) = flow_runs(split)
-    names = {t["name"] for t in prefect("task_runs/filter", flow_runs={"id": {"any_": [run["id"]]}})}
+    names = {t["name"] for t in task_runs(run)}
     assert names >= {f"round {n} / cohort {cohort}" for n in (1, 2, 3) for cohort in (0, 1, 2)}
 
 
@@ -272,7 +274,7 @@ def test_train_leaves_the_stages_before_and_after_to_dvc(tmp_path: Path) -> None
     assert [fedpipe(project, step).code for step in ("fetch", "partition", "train")] == [0, 0, 0]
     assert not (project / "reports" / "report.html").exists()
     (run,) = flow_runs(project)
-    names = {task["name"] for task in prefect("task_runs/filter", flow_runs={"id": {"any_": [run["id"]]}})}
+    names = {task["name"] for task in task_runs(run)}
     assert not names & {"fetch data and backbone", "partition into clients", "report"}
     assert fedpipe(project, "report").code == 0
     assert (project / "reports" / "report.html").exists()
@@ -302,6 +304,30 @@ class TestRetries:
     def test_a_mistake_is_not_tried_again(self, tmp_path: Path) -> None:
         project = new_project(tmp_path / "project")
         fedpipe(project, "run", "--set", "data.text=sentence")
-        found = [run for run in prefect("flow_runs/filter", sort="START_TIME_DESC") if run["state_type"] == "FAILED"]
-        tasks = prefect("task_runs/filter", flow_runs={"id": {"any_": [found[0]["id"]]}})
-        assert {task["name"]: task["run_count"] for task in tasks}["partition into clients"] == 1
+        (run,) = flow_runs(project)
+        counts = {task["name"]: task["run_count"] for task in task_runs(run)}
+        assert counts == {"fetch data and backbone": 1, "partition into clients": 1}
+
+
+@pytest.mark.slow
+def test_the_deployment_runs(tmp_path: Path) -> None:
+    """As `prefect.yaml` says: a worker of its own process runs what was deployed."""
+    project = new_project(tmp_path / "project", federation={"rounds": 1})
+    for name in ("prefect.yaml", "prefect.toml"):
+        shutil.copy(ROOT / name, project / name)
+    shutil.copytree(ROOT / "flows", project / "flows", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "tasks", project / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    env = clean | {"PREFECT_API_URL": prefect_url(), "PREFECT_HOME": str(prefect_home()), "CI": "true"}
+    for command in (
+        "work-pool create fedpipe-local --type process",
+        "deploy --all",
+        "deployment run federated/local",
+        "worker start --pool fedpipe-local --run-once",
+    ):
+        words = [Path(sys.executable).with_name("prefect"), "--no-prompt", *command.split()]
+        done = subprocess.run(words, cwd=project, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert read_json(project / "reports" / "metrics.json")["rounds"] == 1
+    (run,) = [run for run in prefect("flow_runs/filter") if run["deployment_id"] is not None]
+    assert (run["name"], run["state_type"]) == ("la-lora / 1 round / seed 3", "COMPLETED")

@@ -24,7 +24,7 @@ from fedpipe.project import Project
 from fedpipe.workspace import Workspace
 
 ROOT = Project(Path(__file__).parents[1])
-SENTENCES = 600
+SENTENCES = 400
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.skipif(
@@ -40,7 +40,7 @@ def new_real_project(root: Path, **sections: dict[str, Any]) -> Path:
         "partition": {"clients": 2, "min_records": 50},
         "model": {"backbone": str(ROOT.backbone), "pooling": "mean"},
         "lora": {"rank": 4, "alpha": 4, "last_layers": 2},
-        "federation": {"rounds": 3, "local_steps": 2, "batch_size": 64},
+        "federation": {"rounds": 2, "local_steps": 2, "batch_size": 48},
         "optimizer": {"lr": 0.5, "lr_head": 2.0},
         "runtime": {"tokens_per_batch": 4096},
         **sections,

@@ -14,6 +14,7 @@ from test_flow import points, recorded
 
 from fedpipe.privacy.ledger import Ledger
 
+SLOW = pytest.mark.slow
 KILLED = -signal.SIGKILL
 
 
@@ -69,10 +70,10 @@ class TestKilled:
         "fault",
         [
             Fault("fedpipe.steps", "write_tensors", 7),  # round 2, one of three updates is written
-            Fault("fedpipe.steps", "evaluate", 3),  # round 2 is aggregated, not evaluated
+            pytest.param(Fault("fedpipe.steps", "evaluate", 3), marks=SLOW),  # round 2 is aggregated, not evaluated
             Fault("fedpipe.publish", "write_json", 2),  # the adapter is there, the reports are not
             Fault("fedpipe.tracking.run", "log_model", 1, after=True),  # MLflow has all, nobody knows
-            Fault("fedpipe.state", "destroy_key", 1),  # complete, and the key still there
+            pytest.param(Fault("fedpipe.state", "destroy_key", 1), marks=SLOW),  # complete, the key still there
         ],
         ids=lambda fault: f"{fault.function}-{fault.number}",
     )
@@ -87,12 +88,13 @@ class TestKilled:
         assert command.wait().code == KILLED
         goes_on(project, expected)
 
+    @SLOW
     def test_twice(self, project: Path, expected: dict[str, bytes]) -> None:
         for number in (4, 3):
             assert fedpipe(project, "run", fault=Fault("fedpipe.steps", "write_tensors", number)).code == KILLED
         goes_on(project, expected)
 
-    @pytest.mark.slow
+    @SLOW
     @pytest.mark.parametrize("after", [False, True])
     def test_before_and_after_every_write(self, tmp_path: Path, expected: dict[str, bytes], after: bool) -> None:
         for number in range(1, 200):
@@ -127,11 +129,13 @@ class TestInterrupted:
         assert run.info.status == "KILLED"
         goes_on(project, expected)
 
+    @SLOW
     def test_before_the_first_round(self, project: Path, expected: dict[str, bytes]) -> None:
         done = fedpipe(project, "run", fault=Fault("fedpipe.steps", "make_plan", 1, "SIGINT"))
         assert (done.code, done.err) == (130, "interrupted; the same command goes on from here\n")
         goes_on(project, expected)
 
+    @SLOW
     def test_by_the_system(self, project: Path, expected: dict[str, bytes]) -> None:
         done = fedpipe(project, "run", fault=Fault("fedpipe.steps", "aggregate", 2, "SIGTERM"))
         assert done.code != 0

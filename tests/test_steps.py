@@ -670,6 +670,25 @@ def test_a_precision_smuggled_into_the_runtime_file_is_refused(project: Project,
         steps.begin_round(run.root, 2)
 
 
+def test_every_round_start_and_plan_is_a_query_of_its_own(project: Project, settings: Settings) -> None:
+    """Also two rounds from equal states; and a round after one that came out otherwise draws fresh noise."""
+    run = started(project, settings, rounds=1)
+    _, opened = workspace.open_workspace(run.root)
+    queries = [steps._query(run, opened, 2)]
+    record = run.round_record(1)
+    for start in (run.round_record(0)["state"], "0" * 64):
+        write_json(run.round_dir(1) / "round.json", {**record, "state": start})
+        queries.append(steps._query(run, opened, 2))
+    queries.append(steps._query(run, opened, 1))
+    # A plan edited together with its digest: less noise is another query.
+    plan = read_json(run.root / "plan.json")
+    plan["clients"]["c000"]["noise_multiplier"] /= 2
+    digest = write_json(run.root / "plan.json", plan)
+    write_json(run.root / "run.json", {**read_json(run.root / "run.json"), "plan_sha256": digest})
+    queries.append(steps._query(Run(run.root), opened, 1))
+    assert len(set(queries)) == len(queries)
+
+
 def test_another_key_in_the_middle_of_a_round_stops_the_cohort(project: Project, settings: Settings) -> None:
     run = started(project, settings)
     plan = steps.begin_round(run.root, 1)
@@ -701,7 +720,7 @@ def test_the_updates_of_an_earlier_plan_are_not_used(
     listed = [steps.train(run.root, 1, cohort) for cohort in (0, 1)]
     stale = {path: path.read_bytes() for path in run.round_dir(1).glob("cohort-*.json")}
     run.key_path.write_bytes(bytes.fromhex(OTHER_KEY))
-    monkeypatch.setattr(steps, "_exhausted", lambda *args: {})
+    monkeypatch.setattr(steps, "exhausted", lambda *args: {})
     steps.begin_round(run.root, 1)
     for path, content in stale.items():
         path.write_bytes(content)
