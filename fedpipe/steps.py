@@ -9,6 +9,7 @@ same noise.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -237,6 +238,8 @@ def _evaluate(run: Run, workspace: Workspace, round: int, state: str) -> dict[st
             settings.runtime.tokens_per_batch,
             settings.evaluation.batch_size,
         )
+    if not all(map(math.isfinite, metrics.values())):
+        raise TrainingError(f"round {round}: the model diverged, its loss is not finite; lower optimizer.lr or lr_head")
     write_json(path, {"state": state, "metrics": metrics})
     return metrics
 

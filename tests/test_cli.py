@@ -289,7 +289,7 @@ class TestDisk:
         assert len(after) == 4
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("size", ["200k", "6200k", "6600k", "7000k"])
+    @pytest.mark.parametrize("size", ["1500k", "6200k", "6600k", "7000k"])
     def test_a_small_disk_with_everything_on_it(self, tmp_path: Path, size: str) -> None:
         """Prefect's and MLflow's databases fill it up too, and are the first to complain."""
         project = new_project(tmp_path / "project", tracked=True)
@@ -303,9 +303,7 @@ class TestDisk:
         code = int((tmp_path / "code").read_text())
         done = Done(code, (tmp_path / "out").read_text(), (tmp_path / "err").read_text())
         if code != 0:  # the last sizes may suffice, as databases differ
-            warnings = [line for line in done.err.splitlines() if line.startswith("WARNING: MLflow")]
-            assert len(warnings) <= 2
-            rest = "\n".join(line for line in done.err.splitlines() if line not in warnings)
+            rest = "\n".join(line for line in done.err.splitlines() if not line.startswith("WARNING: MLflow"))
             mistakes(Done(code, done.out, rest), r"disk is full", code=4)
         assert again.returncode == 0, again.stderr
 

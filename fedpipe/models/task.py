@@ -171,9 +171,13 @@ def make_task(name: str, labels: Sequence[str], pooling: str) -> Task:
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside a backbone."""
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: has no tokenizer that can be loaded: {_first_line(error)}") from error
+    # Without its files transformers makes an empty one, and every word is unknown to it.
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):
+        raise DataError(f"{path}: the tokenizer has no vocabulary; save it beside the model")
+    return tokenizer
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
