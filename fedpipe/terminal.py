@@ -9,6 +9,7 @@ import atexit
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console, RenderableType
@@ -25,6 +26,9 @@ __all__ = ["LiveProgress", "PlainProgress", "Progress", "RunHeader", "TimeLeft",
 
 class Progress(Protocol):
     """What the flow reports while a run goes on. Call it from the main thread only."""
+
+    def getting_ready(self, what: str) -> AbstractContextManager[object]:
+        """Show, while the body runs and before `start`, what is being done."""
 
     def start(self, header: RunHeader) -> None:
         """Show what is about to run."""
@@ -95,6 +99,9 @@ class PlainProgress:
         self._header: RunHeader | None = None
         self._left = TimeLeft(0, 0, clock)
 
+    def getting_ready(self, what: str) -> AbstractContextManager[object]:
+        return nullcontext()
+
     def start(self, header: RunHeader) -> None:
         self._header = header
         self._left = TimeLeft(header.rounds, header.completed_rounds, self._clock)
@@ -129,6 +136,9 @@ class LiveProgress:
         self._live: Live | None = None
         self._round, self._done, self._total = 1, 0, 0
         self._metrics: dict[str, float | None] = {}
+
+    def getting_ready(self, what: str) -> AbstractContextManager[object]:
+        return self._console.status(what)
 
     def start(self, header: RunHeader) -> None:
         self._header = header

@@ -59,12 +59,13 @@ def federated(
     """
     path, overrides = str(Path(params_file).resolve()), overrides or {}
     project, tracking = Project(Path(path).parent), load_settings(Path(path), overrides).tracking
-    if standalone:
-        data.fetch(path, overrides)
-        data.partition(path, overrides)
-    opened = rounds.plan(path, overrides)
-    run = Run(Path(opened["run_dir"]))
     progress = make_progress()
+    with progress.getting_ready("data, backbone, plan and the model's first evaluation"):
+        if standalone:
+            data.fetch(path, overrides)
+            data.partition(path, overrides)
+        opened = rounds.plan(path, overrides)
+    run = Run(Path(opened["run_dir"]))
     with run.lock():
         try:
             return _experiment(run, project, opened, tracking, progress, standalone)

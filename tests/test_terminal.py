@@ -278,3 +278,14 @@ def test_a_terminal_gets_the_bar_unless_it_is_dumb(monkeypatch: pytest.MonkeyPat
 def test_the_terminal_does_not_wait_for_matplotlib() -> None:
     code = "import sys, fedpipe.terminal; sys.exit('matplotlib' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_getting_ready_shows_on_a_terminal_only() -> None:
+    stream = io.StringIO()
+    with PlainProgress(stream).getting_ready("the plan"):
+        pass
+    assert stream.getvalue() == ""
+    console = Console(file=stream, force_terminal=True, width=80)
+    with LiveProgress(console).getting_ready("the plan"):
+        pass
+    assert "the plan" in stream.getvalue()
