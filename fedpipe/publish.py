@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from fedpipe.budget import check_spent
 from fedpipe.files import write_atomic, write_json, write_tensors
 from fedpipe.models.loading import TASK_FILE
 from fedpipe.privacy.ledger import summary
@@ -51,6 +52,8 @@ def publish(run: Run, project: Project, mlflow: Mapping[str, Any] | None = None)
     Everything comes from the run's directory, so it can be written again at any time.
     """
     _, workspace = open_workspace(run.root)
+    for number in range(1, run.plan.rounds + 1):
+        check_spent(run, number)
     records = [run.round_record(number) for number in range(run.plan.rounds + 1)]
     _write_adapter(run, project, workspace)
     ledger = _ledger(run)

@@ -34,6 +34,7 @@ from fedpipe.config import Settings, TrackingSettings
 from fedpipe.data.federation import Federation
 from fedpipe.errors import SettingsError
 from fedpipe.files import digest, file_digest
+from fedpipe.identity import code_digest
 from fedpipe.methods import Method, compose
 from fedpipe.models.lora import AdaptedModel, build_model
 from fedpipe.models.source import Backbone, open_backbone
@@ -173,6 +174,7 @@ class Workspace:
 
     def _prefix_path(self, cut: Cut) -> Path:
         name = {
+            "code": code_digest(),
             "dataset": self.federation.digest,
             "backbone": self.backbone.digest,
             "max_length": self.settings.data.max_length,

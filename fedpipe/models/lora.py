@@ -24,7 +24,7 @@ from fedpipe.config import LoraSettings
 from fedpipe.errors import DataError, SettingsError, nearest
 from fedpipe.models.batched import KeyedDropout, PerRecordLinear
 from fedpipe.models.source import Backbone
-from fedpipe.models.task import Task, linear_layers, load_tokenizer, padding_token
+from fedpipe.models.task import Task, linear_layers
 
 Factor = Literal["A", "B", "head"]
 
@@ -136,9 +136,6 @@ def build_model(backbone: Backbone, task: Task, settings: LoraSettings, seed: in
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     base, missing = task.load(backbone.path)
-    # Decoders classify at the last token that is no padding. With another idea of padding than the batches have
-    # they would read a position that depends on the longest record of the batch.
-    base.config.pad_token_id = padding_token(load_tokenizer(backbone.path))
     head = [
         name
         for name, child in base.named_children()

@@ -137,6 +137,9 @@ class TextClassification:
                 )
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{path}: cannot be loaded as a text classifier: {_first_line(error)}") from error
+        # Decoders classify at the last token that is no padding. With another idea of padding than the batches have
+        # they would read a position that depends on the longest record of the batch.
+        model.config.pad_token_id = padding_token(load_tokenizer(path))
         mismatched = (entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"])
         return model.eval(), {*info["missing_keys"], *mismatched}
 
