@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -39,6 +40,12 @@ class PrivacyError(FedpipeError):
     """The asked guarantee cannot be given, or a check of it failed."""
 
 
+class AuditError(PrivacyError):
+    """An audit has refuted the epsilon that a run claims."""
+
+    exit_code = 6
+
+
 class TrainingError(FedpipeError):
     """Training did what it must not do: weights that stand still, values that are not finite."""
 
@@ -56,3 +63,16 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     names = [str(name) for name in valid]
     close = difflib.get_close_matches(str(word), names, n=1)
     return f"did you mean '{close[0]}'?" if close else f"expected one of: {', '.join(names)}"
+
+
+_USER_INFO = re.compile(r"://(?:[^\s/@:]*:\S*|[^\s/@]+)@")
+_QUERY_SECRET = re.compile(r"(?i)([?&;][\w.-]*(?:password|passwd|pwd|token|secret|key)=)[^\s&;#'\"]+")
+
+
+def hide_password(text: str) -> str:
+    """Replace the user and password of every URL in `text`, and the values of parameters named as a secret is.
+
+    >>> hide_password("postgresql://ann:pw@host/db?sslpassword=x is away")
+    'postgresql://***@host/db?sslpassword=*** is away'
+    """
+    return _QUERY_SECRET.sub(r"\1***", _USER_INFO.sub("://***@", text))

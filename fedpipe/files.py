@@ -94,6 +94,13 @@ def steady_digest(path: Path) -> str:
     return found
 
 
+def private_directory(path: Path) -> None:
+    """Make a directory that only its owner may enter, and what it lies in; one that is there is left as it is."""
+    with storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+
+
 def write_atomic(path: Path, content: bytes, mode: int = 0o644, durable: bool = True) -> str:
     """Write `content` so that `path` holds either all of it or what it held before; return its sha256.
 
@@ -142,7 +149,61 @@ def write_json(path: Path, value: Any) -> str:
 
 def read_json(path: Path, expected_digest: str | None = None) -> Any:
     """Read a JSON file, after a check against `expected_digest` (sha256, hex) where one is given."""
-    return _parse(path, _read(path, expected_digest), json.loads, "JSON")
+    return _parse(path, _read(path, expected_digest), _loads, "JSON")
+
+
+def _loads(content: bytes) -> Any:
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    return json.loads(content, parse_constant=refuse)
+
+
+SEAL = "sha256"
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> str:
+    """Write a JSON object with the sha256 of its content beside it, for a file that no other one names.
+
+    A change by accident shows when it is read. It is no signature: who can write the file can
+    seal it again.
+    """
+    return write_json(path, {**value, SEAL: digest(json.loads(json.dumps(value, allow_nan=False)))})
+
+
+def read_sealed(path: Path, expected_digest: str | None = None) -> dict[str, Any]:
+    """Read what `write_sealed` wrote, without its seal; `expected_digest` as in `read_json`.
+
+    Raises
+    ------
+    StateError
+        The file is missing, is no JSON object, or is not as it was written.
+    """
+    value = read_json(path, expected_digest)
+    sealed = value.pop(SEAL, None) if isinstance(value, dict) else None
+    try:
+        found = digest(value)
+    except (ValueError, RecursionError):  # such as half of a surrogate pair, which no text has
+        found = ""
+    if sealed is None or found != sealed:
+        raise StateError(f"{path}: damaged: its content is not what was written, by the sha256 in it")
+    return value
+
+
+def inside(directory: Path, name: Any) -> Path:
+    """Return `directory / name`, for a name that was read from a file: it may not lead out of the directory.
+
+    Links are followed: where DVC keeps outputs as links into its cache, that is how they are.
+
+    Raises
+    ------
+    StateError
+        The name is absolute, has `..` in it, or is none.
+    """
+    parts = name.split("/") if isinstance(name, str) else [""]
+    if any(part in ("", ".", "..") or "\\" in part or not part.isprintable() for part in parts):
+        raise StateError(f"{directory}: damaged: names a file {ascii(name)[:80]}, expected one inside this directory")
+    return directory.joinpath(*parts)
 
 
 def content_digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -160,8 +221,13 @@ def _dumped(tensors: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def read_tensors(path: Path, expected_digest: str | None = None) -> dict[str, torch.Tensor]:
-    """Read a safetensors file, after a check against `expected_digest` (sha256, hex) where one is given."""
-    return _parse(path, _read(path, expected_digest), load_safetensors, "safetensors")
+    """Read a safetensors file, after a check against `expected_digest` (sha256, hex) where one is given.
+
+    The tensors are in order of their names: the library hands them over in another order each time, and
+    what is summed over them would differ in its last bit.
+    """
+    tensors = _parse(path, _read(path, expected_digest), load_safetensors, "safetensors")
+    return dict(sorted(tensors.items()))
 
 
 def _read(path: Path, expected_digest: str | None) -> bytes:
@@ -179,5 +245,7 @@ def _read(path: Path, expected_digest: str | None) -> bytes:
 def _parse(path: Path, content: bytes, parse: Callable[[bytes], Any], kind: str) -> Any:
     try:
         return parse(content)
+    except RecursionError:
+        raise StateError(f"{path}: is not a valid {kind} file: it is nested too deeply") from None
     except (ValueError, SafetensorError) as error:
         raise StateError(f"{path}: is not a valid {kind} file: {error}") from error

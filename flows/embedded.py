@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -24,9 +25,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedpipe.errors import FedpipeError, StorageError
+from fedpipe.errors import FedpipeError, StorageError, hide_password
 from fedpipe.files import storage
-from fedpipe.tracking.store import hide_password
 
 _REFUSALS = ("Failed to reach API", "Found incompatible versions")
 _FULL = 1 << 20  # bytes: a database that cannot grow by a few pages is as good as out of space
@@ -57,7 +57,7 @@ def prefect_api() -> Iterator[str]:
 
     settings = get_current_settings()
     if settings.api.url is None:
-        os.environ["PREFECT_API_URL"] = _start(settings.home, settings.server.ephemeral.startup_timeout_seconds)
+        os.environ.update(_start(settings.home, settings.server.ephemeral.startup_timeout_seconds))
         # Prefect's background threads look at the global settings, not at a temporary context.
         refresh_global_settings_context()
     # Heartbeats end a second late, and neither the environment nor prefect.toml can say "none".
@@ -101,9 +101,15 @@ def _no_space(home: Path) -> StorageError:
     )
 
 
-def _start(home: Path, timeout: float) -> str:
-    """Start the server and wait until it answers; return the address of its API."""
+def _start(home: Path, timeout: float) -> dict[str, str]:
+    """Start the server and wait until it answers; return what its clients must have in their environment.
+
+    It listens on loopback, where every user and every web page of this machine can reach it, so
+    it answers only those that know a password made for this process. Both sides have it from
+    their environment, which other users cannot read, as they can a command line.
+    """
     global _started
+    password = f"fedpipe:{secrets.token_urlsafe(32)}"
     log = home / "server.log"
     with storage(home):
         home.mkdir(parents=True, exist_ok=True)
@@ -117,7 +123,7 @@ def _start(home: Path, timeout: float) -> str:
             stderr=output,
             pass_fds=[listener.fileno()],
             start_new_session=True,
-            env=_environment(home),
+            env=_environment(home) | {"PREFECT_SERVER_API_AUTH_STRING": password},
         )
     # Prefect's workers flush before this: theirs are thread exit hooks, and later registrations.
     atexit.register(_stop, _started)
@@ -131,7 +137,7 @@ def _start(home: Path, timeout: float) -> str:
         if _full(home):
             raise _no_space(home) from error
         raise FedpipeError(f"Prefect's server did not start: {_reason(log) or error}. All of it: {log}") from error
-    return url
+    return {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": password}
 
 
 def _environment(home: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ own exit code and output, which can be killed. All of them share one Prefect ser
 from __future__ import annotations
 
 import atexit
+import base64
 import errno
 import importlib
 import json
@@ -49,7 +50,8 @@ class Fault:
     """What happens at the `number`-th call of `function` in `module` (counted from 1): before it, or after it.
 
     `kind` is the name of a signal or of an errno (SIGKILL, SIGINT, ENOSPC, EROFS), or BUG, an exception that nobody
-    expects. A signal comes once; the others come at every later call too, if they are `lasting`.
+    expects, or SKIP: the call does nothing. A signal comes once; the others come at every later call too, if they
+    are `lasting`.
     """
 
     module: str
@@ -133,17 +135,21 @@ def prefect_home() -> Path:
 
 
 @lru_cache(maxsize=1)
-def prefect_url() -> str:
-    """Start the Prefect server of these tests; return its API's address."""
+def prefect_access() -> dict[str, str]:
+    """Start the Prefect server of these tests; return its API's address and password, as settings of Prefect."""
     with _environment():
         return embedded._start(prefect_home(), timeout=180)
 
 
+def prefect_url() -> str:
+    return prefect_access()["PREFECT_API_URL"]
+
+
 def prefect(path: str, **body: Any) -> Any:
     """Ask the Prefect server."""
-    request = urllib.request.Request(
-        f"{prefect_url()}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    password = base64.b64encode(prefect_access()["PREFECT_API_AUTH_STRING"].encode()).decode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Basic {password}"}
+    request = urllib.request.Request(f"{prefect_url()}/{path}", json.dumps(body).encode(), headers)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=30) as answer:
         return json.load(answer)
@@ -175,7 +181,7 @@ def _server() -> Any:
 
     # The fork server finds no module of the tests by itself.
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with _environment(PREFECT_API_URL=prefect_url(), PYTHONPATH=path):
+    with _environment(**prefect_access(), PYTHONPATH=path):
         forkserver.ensure_running()
     return context
 
@@ -210,6 +216,8 @@ def _inject(fault: Fault) -> None:
         calls += 1
         lasting = fault.lasting and not fault.kind.startswith("SIG")
         due = calls == fault.number or (lasting and calls > fault.number)
+        if due and fault.kind == "SKIP":
+            return None
         if due and not fault.after:
             strike()
         result = original(*args, **kwargs)

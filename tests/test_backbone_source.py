@@ -12,7 +12,7 @@ import torch
 from fedpipe.data import packages
 from fedpipe.data.packages import BACKBONES, Package
 from fedpipe.errors import DataError
-from fedpipe.files import digest, file_digest, read_json, write_tensors
+from fedpipe.files import digest, file_digest, read_sealed, write_tensors
 from fedpipe.models.source import fetch_backbone, open_backbone
 
 
@@ -33,7 +33,7 @@ def backbone(tmp_path: Path) -> Path:
 def test_a_local_directory_is_pointed_to(tmp_path: Path, backbone: Path) -> None:
     model = write_model(tmp_path / "model")
     origin = fetch_backbone(str(model), backbone)
-    assert read_json(backbone / "origin.json") == origin
+    assert read_sealed(backbone / "origin.json") == origin
     assert [file.name for file in backbone.iterdir()] == ["origin.json"]
     opened = open_backbone(backbone, str(model))
     assert (opened.path, opened.name, opened.origin) == (model, str(model), origin)

@@ -217,7 +217,7 @@ class TestBackbone:
 
     def test_a_configuration_that_is_none(self, project: Path) -> None:
         (project / "backbone" / "config.json").write_text("{")
-        mistakes(fedpipe(project, "run"), r"backbone: cannot be loaded as a text classifier: .*config\.json")
+        mistakes(fedpipe(project, "run"), r"backbone: its config\.json or index is damaged: .*config\.json")
 
     def test_without_a_vocabulary(self, project: Path) -> None:
         (project / "backbone" / "vocab.txt").unlink()

@@ -16,7 +16,7 @@ from fedpipe.config import Settings, parse_settings
 from fedpipe.data.federation import Federation, directory_digest, write_partition
 from fedpipe.data.sources import fetch_data
 from fedpipe.errors import DataError, StorageError
-from fedpipe.files import file_digest, read_json
+from fedpipe.files import file_digest, read_sealed
 
 RECORDS = 240
 
@@ -56,7 +56,7 @@ def test_what_is_written_is_what_is_read(make, source: Path) -> None:
     assert federation.labels == ("neg", "pos")
     assert federation.clients == ("c000", "c001", "c002", "c003")
     assert manifest["settings"]["seed"] == settings.seed
-    assert manifest["source"] == read_json(source.parent / "raw" / "origin.json")
+    assert manifest["source"] == read_sealed(source.parent / "raw" / "origin.json")
     seen: list[str] = []
     for entry in [*manifest["clients"], manifest["test"]]:
         records = federation.client(entry["id"]) if "id" in entry else federation.test()

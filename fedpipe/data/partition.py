@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from fedpipe.config import PartitionSettings
+from fedpipe.data.groups import KEY, Items
 from fedpipe.errors import DataError
 
 TRIES = 100
@@ -22,7 +23,9 @@ Strings = np.ndarray  # (n,) of str, as objects or as a fixed-width type
 Indices = np.ndarray  # (m,) of int64, ascending
 
 
-def assign(settings: PartitionSettings, labels: Strings, column: Strings | None, seed: int) -> list[Indices]:
+def assign(
+    settings: PartitionSettings, labels: Strings, column: Strings | None, seed: int, groups: Strings | None = None
+) -> list[Indices]:
     """Deal records to clients; return the records' indices per client.
 
     Parameters
@@ -36,6 +39,9 @@ def assign(settings: PartitionSettings, labels: Strings, column: Strings | None,
         to the client that has least.
     labels, column
         (n,) strings; `column` is needed by `natural` only.
+    groups
+        (n,) strings: records with the same value stay together. Every scheme then deals groups as it
+        deals records, each with the label that most of its records have; `min_records` counts records.
 
     Returns
     -------
@@ -45,42 +51,55 @@ def assign(settings: PartitionSettings, labels: Strings, column: Strings | None,
     Raises
     ------
     DataError
-        There are too few records or values, or a label that nothing can be learnt of.
+        There are too few records or values, a label that nothing can be learnt of, or a group that
+        `natural` would divide.
     """
     check_labels(labels)
-    clients = settings.clients
-    if settings.scheme == "natural":
-        owner, clients = _natural(column, clients)
-    else:
-        if clients is None:
-            raise DataError(f"partition.clients: scheme '{settings.scheme}' needs a number of clients")
-        if len(labels) < clients * settings.min_records:
-            raise DataError(
-                f"partition.clients: {len(labels)} training records are too few for {clients} clients with at least "
-                f"{settings.min_records} each (partition.min_records); lower one of the two"
-            )
-        if settings.scheme == "iid":
-            owner = _iid(len(labels), clients, _generator(seed, "iid"))
-        elif settings.scheme == "shards":
-            owner = _shards(labels, clients, settings.shards_per_client, _generator(seed, "shards"))
-        else:
-            owner = _dirichlet(labels, settings, clients, _generator(seed, "dirichlet"))
-    smallest = int(np.bincount(owner, minlength=clients).min())
+    items = Items.make(labels, column if settings.scheme == "natural" else None, groups)
+    owner, clients = _owners(settings, items, seed)
+    smallest = int(np.bincount(owner, weights=items.sizes, minlength=clients).min())
     if smallest < settings.min_records:
         raise DataError(
             f"partition.min_records: the smallest client has {smallest} records, expected at least "
             f"{settings.min_records}; lower partition.min_records, or deal to fewer clients (partition.clients)"
         )
-    return _by_owner(owner, clients)
+    return _by_owner(owner[items.of], clients)
 
 
-def split_test(labels: Strings, groups: Strings | None, fraction: float, seed: int) -> tuple[Indices, Indices]:
+def _owners(settings: PartitionSettings, items: Items, seed: int) -> tuple[np.ndarray, int]:
+    """Return the client of each item, and how many clients there are."""
+    clients, records = settings.clients, int(items.sizes.sum())
+    if settings.scheme == "natural":
+        return _natural(items, clients)
+    if clients is None:
+        raise DataError(f"partition.clients: scheme '{settings.scheme}' needs a number of clients")
+    if records < clients * settings.min_records:
+        raise DataError(
+            f"partition.clients: {records} training records are too few for {clients} clients with at least "
+            f"{settings.min_records} each (partition.min_records); lower one of the two"
+        )
+    if len(items.sizes) < clients:
+        raise DataError(
+            f"partition.clients: {clients} clients, but the training records are of {len(items.sizes)} groups ({KEY}), "
+            "which are not divided; lower partition.clients"
+        )
+    generator = _generator(seed, settings.scheme)
+    if settings.scheme == "iid":
+        return _iid(len(items.sizes), clients, generator), clients
+    if settings.scheme == "shards":
+        return _shards(items.labels, clients, settings.shards_per_client, generator), clients
+    return _dirichlet(items, settings, clients, generator), clients
+
+
+def split_test(
+    labels: Strings, groups: Strings | None, fraction: float, seed: int, key: str = "data.group"
+) -> tuple[Indices, Indices]:
     """Set test records apart; return the ascending indices for training and for the test.
 
     With `groups`, whole groups are added to the test, in random order, until it has at least
     `fraction` of the records; no group is on both sides, and at least one is for training.
-    Otherwise every label gives `fraction` of its records, rounded, at least one where it has
-    three, and keeps two.
+    `key` is the setting that names their column. Otherwise every label gives `fraction` of its
+    records, rounded, at least one where it has three, and keeps two.
 
     Raises
     ------
@@ -89,13 +108,13 @@ def split_test(labels: Strings, groups: Strings | None, fraction: float, seed: i
     """
     check_labels(labels)
     generator = _generator(seed, "test")
-    test = _stratified(labels, fraction, generator) if groups is None else _grouped(groups, fraction, generator)
+    test = _stratified(labels, fraction, generator) if groups is None else _grouped(groups, fraction, generator, key)
     if not test.any():
         raise DataError(f"data.test_fraction: {fraction} of {len(labels)} records leaves none for the test; raise it")
     untrained = set(labels) - set(labels[~test])
     if untrained:
         raise DataError(
-            f"data.group: all records of label '{min(untrained)}' fell into the test; "
+            f"{key}: all records of label '{min(untrained)}' fell into the test; "
             "lower data.test_fraction, or change the seed"
         )
     return np.flatnonzero(~test), np.flatnonzero(test)
@@ -153,29 +172,32 @@ def _shards(labels: Strings, clients: int, per_client: int, generator: np.random
     return owner
 
 
-def _dirichlet(
-    labels: Strings, settings: PartitionSettings, clients: int, generator: np.random.Generator
-) -> np.ndarray:
-    codes, names = pd.factorize(labels, sort=True)
-    sizes = _dirichlet_sizes(np.bincount(codes), settings, clients, generator)
+def _dirichlet(items: Items, settings: PartitionSettings, clients: int, generator: np.random.Generator) -> np.ndarray:
+    codes, _ = pd.factorize(items.labels, sort=True)
+    # How many records a client gets depends on the order where items differ in size, and else it does not.
+    order = _by_label(codes, generator) if len(items.of) > len(codes) else None
+    holders = _dirichlet_holders(
+        codes, items.sizes if order is None else items.sizes[order], settings, clients, generator
+    )
     owner = np.empty(len(codes), dtype=np.int64)
-    owner[_by_label(codes, generator)] = np.repeat(np.tile(np.arange(clients), len(names)), sizes.ravel())
+    owner[_by_label(codes, generator) if order is None else order] = holders
     return owner
 
 
-def _dirichlet_sizes(
-    totals: np.ndarray, settings: PartitionSettings, clients: int, generator: np.random.Generator
+def _dirichlet_holders(
+    codes: np.ndarray, sizes: np.ndarray, settings: PartitionSettings, clients: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """Draw how many records of each label each client gets: (labels, clients), rows adding up to `totals`."""
-    best = 0
+    """Draw the client of each item, label after label; `sizes` are the items' records, in the same order."""
+    totals, best = np.bincount(codes), 0
     for _ in range(TRIES):
         shares = generator.dirichlet(np.full(clients, settings.alpha), size=len(totals))
         ends = np.rint(np.cumsum(shares, axis=1) * totals[:, None]).astype(np.int64)
         ends[:, -1] = totals
-        sizes = np.diff(ends, axis=1, prepend=0)
-        smallest = int(sizes.sum(axis=0).min())
+        counts = np.diff(ends, axis=1, prepend=0)
+        holders = np.repeat(np.tile(np.arange(clients), len(totals)), counts.ravel())
+        smallest = int(np.bincount(holders, weights=sizes, minlength=clients).min())
         if smallest >= settings.min_records:
-            return sizes
+            return holders
         best = max(best, smallest)
     raise DataError(
         f"partition.alpha: in {TRIES} draws with alpha {settings.alpha} the smallest of {clients} clients had at most "
@@ -184,10 +206,10 @@ def _dirichlet_sizes(
     )
 
 
-def _natural(column: Strings | None, clients: int | None) -> tuple[np.ndarray, int]:
-    if column is None:
+def _natural(items: Items, clients: int | None) -> tuple[np.ndarray, int]:
+    if items.column is None:
         raise DataError("partition.column: scheme 'natural' needs the column whose values make the clients")
-    codes, values = pd.factorize(column, sort=True)
+    codes, values = pd.factorize(items.column, sort=True)
     if clients is None:
         return codes, len(values)
     if len(values) < clients:
@@ -195,7 +217,7 @@ def _natural(column: Strings | None, clients: int | None) -> tuple[np.ndarray, i
             f"partition.clients: {clients} clients, but partition.column has only {len(values)} values in the "
             "training records; lower partition.clients, or set it to null"
         )
-    sizes = np.bincount(codes)
+    sizes = np.bincount(codes, weights=items.sizes).astype(np.int64)
     load = [(0, client) for client in range(clients)]
     holder = np.empty(len(values), dtype=np.int64)
     for value in np.argsort(-sizes, kind="stable"):
@@ -216,10 +238,10 @@ def _stratified(labels: Strings, fraction: float, generator: np.random.Generator
     return test
 
 
-def _grouped(groups: Strings, fraction: float, generator: np.random.Generator) -> np.ndarray:
+def _grouped(groups: Strings, fraction: float, generator: np.random.Generator, key: str) -> np.ndarray:
     codes, values = pd.factorize(groups, sort=True)
     if len(values) < 2:
-        raise DataError(f"data.group: only one group, '{values[0]}'; a test split by group needs at least two")
+        raise DataError(f"{key}: only one group, '{values[0]}'; a test split by group needs at least two")
     order = generator.permutation(len(values))
     reached = np.cumsum(np.bincount(codes)[order])
     wanted = int(np.searchsorted(reached, fraction * len(codes))) + 1

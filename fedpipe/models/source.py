@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from fedpipe.data.origin import NAME as ORIGIN
 from fedpipe.data.origin import base, describe, digests, read_origin, unchanged, verify, write_origin
 from fedpipe.data.packages import BACKBONES, PREFIX, fetch_package, find_package
-from fedpipe.errors import DataError
-from fedpipe.files import digest, write_atomic
+from fedpipe.errors import DataError, StateError
+from fedpipe.files import digest, read_json, write_atomic
 
 PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model")
 CARD = "README.md"
@@ -100,7 +100,23 @@ def _files(path: Path, name: str) -> list[Path]:
         )
     for weights in sorted(path.glob("*.safetensors")):
         _check_header(weights, name)
+    _check_names(path, name)
     return [file for pattern in PATTERNS for file in path.glob(pattern) if file.is_file() and file.name != ORIGIN]
+
+
+def _check_names(path: Path, name: str) -> None:
+    """Refuse files that lead elsewhere: all that is read must be in this directory, where its digest is taken."""
+    if (path / "adapter_config.json").exists():
+        raise DataError(f"model.backbone: {name}: is an adapter; merge it into its base model and save that")
+    try:
+        wanted = {read_json(path / "config.json").get("transformers_weights")} - {None}
+        for index in path.glob("*.safetensors.index.json"):
+            wanted |= set(read_json(index)["weight_map"].values())
+    except (StateError, AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"model.backbone: {name}: its config.json or index is damaged: {error}") from error
+    there = {file.name for pattern in PATTERNS for file in path.glob(pattern)}
+    if strange := sorted(str(file) for file in wanted - there):
+        raise DataError(f"model.backbone: {name}: names the weights {ascii(strange[0])[:80]}, which are not in it")
 
 
 def _check_header(weights: Path, name: str) -> None:

@@ -32,6 +32,7 @@ class Encoded:
     tokens : (sum of lengths,) int64, all records end to end
     offsets : (records + 1,) int64, where each record starts
     labels : (records,) int64
+    groups : (records,) int64, which group of its client each record is of, from 0 on; None where there are none
     pad : the token that fills a batch up
     prefix, rows : where the frozen layers' output is kept (see `fedpipe.client.prefix`): its rows,
         (all tokens, hidden), and which of them each record starts at, (records,); None if it is not
@@ -43,6 +44,7 @@ class Encoded:
     pad: int
     prefix: np.ndarray | None = None
     rows: np.ndarray | None = None
+    groups: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -53,7 +55,7 @@ class Encoded:
 
     @classmethod
     def join(cls, parts: Sequence[Encoded]) -> Encoded:
-        """Put several clients' records end to end, in the order given."""
+        """Put several clients' records end to end, in the order given; groups, which are each client's own, are not."""
         shifts = np.cumsum([0, *(len(part.tokens) for part in parts)])
         offsets = [part.offsets[:-1] + shift for part, shift in zip(parts, shifts, strict=False)]
         return cls(
@@ -63,6 +65,18 @@ class Encoded:
             pad=parts[0].pad,
             prefix=parts[0].prefix,
             rows=None if parts[0].prefix is None else np.concatenate([part.rows for part in parts]),
+        )
+
+    def part(self, first: int, stop: int) -> Encoded:
+        """Return the records from `first` to before `stop`, without their groups."""
+        begin, end = self.offsets[first], self.offsets[stop]
+        return Encoded(
+            tokens=self.tokens[begin:end],
+            offsets=self.offsets[first : stop + 1] - begin,
+            labels=self.labels[first:stop],
+            pad=self.pad,
+            prefix=self.prefix,
+            rows=None if self.rows is None else self.rows[first:stop],
         )
 
     def batch(self, records: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
@@ -124,6 +138,7 @@ class TextClassification:
             "dtype": torch.float32,
             "local_files_only": True,
             "use_safetensors": True,
+            "trust_remote_code": False,
         }
         # That the head is new is expected, and not worth a page of warnings.
         transformers_logging.set_verbosity_error()
@@ -151,6 +166,7 @@ class TextClassification:
             offsets=np.cumsum([0, *map(len, rows)], dtype=np.int64),
             labels=np.asarray([index[label] for label in dataset["label"]], dtype=np.int64),
             pad=padding_token(tokenizer),
+            groups=groups_of(dataset["group"]) if "group" in dataset.column_names else None,
         )
 
     def losses(self, outputs: Any, labels: Tensor) -> Tensor:
@@ -161,6 +177,11 @@ class TextClassification:
             "accuracy": (outputs.logits.argmax(-1) == labels).double(),
             "loss": self.losses(outputs, labels).double(),
         }
+
+
+def groups_of(values: Sequence[str]) -> np.ndarray:
+    """Return which group each record is of, (records,) int64, in the order of the groups' names."""
+    return np.unique(np.asarray(list(values), dtype=object).astype(str), return_inverse=True)[1].astype(np.int64)
 
 
 TASKS: dict[str, type[TextClassification]] = {"text-classification": TextClassification}
@@ -174,7 +195,7 @@ def make_task(name: str, labels: Sequence[str], pooling: str) -> Task:
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside a backbone."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: has no tokenizer that can be loaded: {_first_line(error)}") from error
     # Without its files transformers makes an empty one, and every word is unknown to it.

@@ -40,6 +40,10 @@ class BackgroundTracker(Tracker):
         self._settle()
         self._tracker.log_reports(directory)
 
+    def tag(self, tags: Mapping[str, str]) -> None:
+        self._settle()
+        self._tracker.tag(tags)
+
     def close(self, status: Status) -> dict[str, str | None]:
         self._worker.shutdown()
         info = self._tracker.close(status)

@@ -20,7 +20,7 @@ from fedpipe.tracking.store import reason
 
 log = logging.getLogger(__name__)
 
-Entry = dict[str, Any]  # "kind": metrics | artifacts | model, and what it needs
+Entry = dict[str, Any]  # "kind": metrics | tags | artifacts | model, and what it needs
 
 
 class Pending:

@@ -91,6 +91,9 @@ class MlflowTracker(Tracker):
     def log_reports(self, directory: Path) -> None:
         self._pending.process([_artifacts(directory, "reports")], self._perform)
 
+    def tag(self, tags: Mapping[str, str]) -> None:
+        self._pending.process([{"kind": "tags", "tags": dict(tags)}], self._perform)
+
     def close(self, status: Status) -> dict[str, str | None]:
         if not self._pending.process([], self._perform):
             log.warning(
@@ -136,10 +139,12 @@ class MlflowTracker(Tracker):
         return [{"kind": "metrics", "points": points}] if points else []
 
     def _perform(self, entry: Entry) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric, RunTag
 
         if entry["kind"] == "metrics":
             self._client.log_batch(self._run_id, metrics=[Metric(*point) for point in entry["points"]])
+        elif entry["kind"] == "tags":
+            self._client.log_batch(self._run_id, tags=[RunTag(*item) for item in entry["tags"].items()])
         elif not Path(entry["source"]).is_dir():
             log.warning("%s is gone; MLflow is left without it", entry["source"])
         elif entry["kind"] == "artifacts":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpipe.config import TrackingSettings
-from fedpipe.errors import SettingsError, StateError, StorageError, nearest
+from fedpipe.errors import SettingsError, StateError, StorageError, hide_password, nearest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -71,11 +71,6 @@ def load_mlflow() -> Any:
         raise SettingsError(
             "tracking.uri: MLflow is not installed; run 'pip install mlflow', or train without it: tracking.uri: null"
         ) from error
-
-
-def hide_password(text: str) -> str:
-    """Replace the user and password of every URL in `text`."""
-    return re.sub(r"://[^/@\s]+@", "://***@", text)
 
 
 def open_store(settings: TrackingSettings) -> Store:

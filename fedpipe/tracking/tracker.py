@@ -71,6 +71,9 @@ class Tracker:
     def log_reports(self, directory: Path) -> None:
         """Record the files of a directory as artifacts below `reports/`."""
 
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run, over those that it has."""
+
     def close(self, status: Status) -> dict[str, str | None]:
         """Offer once more what is pending, end the MLflow run, and return `info`."""
         return self.info

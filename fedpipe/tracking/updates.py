@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fedpipe.files import read_tensors, write_tensors
+from fedpipe.files import read_sealed, read_tensors, write_tensors
 
 FEW = 64  # clients; the tensors of so many are in memory at once
 
@@ -36,17 +36,23 @@ def few_files(directory: Path) -> Iterator[Path]:
     if len(updates) <= FEW:
         yield directory
         return
+    listings = (read_sealed(path)["updates"] for path in directory.glob("cohort-*.json"))
+    digests = {client: entry["sha256"] for listing in listings for client, entry in listing.items()}
     with tempfile.TemporaryDirectory(prefix="fedpipe-updates-") as name:
         copy = Path(name)
         for path in directory.iterdir():
             if path.is_file() and not path.name.startswith("."):
                 shutil.copyfile(path, copy / path.name)
         for start in range(0, len(updates), FEW):
-            _join(updates[start : start + FEW], copy / "updates")
+            _join(updates[start : start + FEW], copy / "updates", digests)
         yield copy
 
 
-def _join(updates: list[Path], target: Path) -> None:
-    tensors = {f"{path.stem}/{name}": tensor for path in updates for name, tensor in read_tensors(path).items()}
+def _join(updates: list[Path], target: Path, digests: Mapping[str, str]) -> None:
+    tensors = {
+        f"{path.stem}/{name}": tensor
+        for path in updates
+        for name, tensor in read_tensors(path, digests.get(path.stem)).items()
+    }
     # Gone in a moment, so not worth waiting for the disk.
     write_tensors(target / f"{updates[0].stem}-{updates[-1].stem}.safetensors", tensors, durable=False)
