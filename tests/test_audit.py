@@ -146,11 +146,17 @@ def test_guesses_are_the_ends_of_the_sorted_scores(scores: list[float], data: st
     assert guess(scores, k_plus, k_minus).tolist() == expected
 
 
+def coins_for(count: int, seed: int) -> NDArray[np.bool_]:
+    return draw_coins(count, seed.to_bytes(32, "big"), "query", "c000")
+
+
 def test_coins_are_fair_independent_and_repeatable() -> None:
-    coins = draw_coins(40_000, 7)
+    coins = coins_for(40_000, 7)
     assert coins.dtype == bool
-    assert np.array_equal(coins, draw_coins(40_000, 7))
-    others = [draw_coins(40_000, 8), np.roll(coins, 1), np.random.default_rng(7).integers(2, size=40_000) == 1]
+    assert np.array_equal(coins, coins_for(40_000, 7))
+    key = (7).to_bytes(32, "big")
+    others = [coins_for(40_000, 8), draw_coins(40_000, key, "query", "c001"), draw_coins(40_000, key, "other", "c000")]
+    others += [np.roll(coins, 1), np.random.default_rng(7).integers(2, size=40_000) == 1]
     for share in [coins.mean(), *((coins == other).mean() for other in others)]:
         assert abs(share - 0.5) < 5 * 0.5 / math.sqrt(40_000)
 
@@ -170,7 +176,7 @@ def noisy(coins: NDArray[np.bool_], spread: float, seed: int) -> NDArray[np.floa
 
 
 def test_several_options_are_paid_for() -> None:
-    coins, options = draw_coins(400, 3), [(40, 40), (100, 0), (200, 200)]
+    coins, options = coins_for(400, 5), [(40, 40), (100, 0), (200, 200)]
     scores = noisy(coins, 0.5, 4)
     verdict = one_run_audit(scores, coins, options, claimed=2.0, delta=1e-5)
     signs, bounds, values = np.where(coins, 1, -1), [], []
@@ -188,7 +194,7 @@ def test_several_options_are_paid_for() -> None:
 
 @pytest.mark.parametrize("options", [[(50, 50)], [(50, 50), (20, 0), (0, 100)]])
 def test_bound_p_value_and_failure_agree(options: list[tuple[int, int]]) -> None:
-    coins = draw_coins(300, 5)
+    coins = coins_for(300, 5)
     scores = noisy(coins, 0.4, 6)
     bound = one_run_audit(scores, coins, options, claimed=0.0, delta=1e-5).bound
     assert bound > 1
@@ -220,7 +226,7 @@ def test_a_true_claim_is_refuted_with_at_most_the_stated_probability(r: int, eps
 
 
 def randomised_response(epsilon: float, run: int, claimed: float) -> OneRunVerdict:
-    coins = draw_coins(80, run)
+    coins = coins_for(80, run)
     lies = np.random.default_rng([1, run]).random(80) >= 1 / (1 + math.exp(-epsilon))
     return one_run_audit(coins ^ lies, coins, [(15, 15)], claimed=claimed, delta=0.0)
 
@@ -245,7 +251,7 @@ def test_a_refuted_claim_is_loud() -> None:
 def test_mistakes_are_named() -> None:
     ok = {"claimed": 1.0, "delta": 0.0}
     with pytest.raises(PrivacyError, match="0 canaries"):
-        draw_coins(0, 1)
+        draw_coins(0, bytes(32))
     with pytest.raises(PrivacyError, match="not numbers"):
         guess([1.0, math.nan], 1, 1)
     for pair in [(0, 0), (2, 1), (-1, 2), (1, -1)]:

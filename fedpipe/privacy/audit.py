@@ -23,7 +23,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logsumexp
 from scipy.stats import binom
 
-from fedpipe.errors import PrivacyError
+from fedpipe.errors import AuditError, PrivacyError
+from fedpipe.privacy.noise import KeyedStream
 
 _HALVINGS = 40  # of an interval of length 1: the bound is 1e-12 too low at most
 
@@ -57,9 +58,9 @@ class Verdict:
         return {name: float(value) for name, value in asdict(self).items()} | {"fails": float(self.fails)}
 
     def check(self) -> None:
-        """Raise a `PrivacyError` where the claim is refuted."""
+        """Raise an `AuditError` where the claim is refuted."""
         if self.fails:
-            raise PrivacyError(
+            raise AuditError(
                 f"audit: epsilon is above {self.bound:.4f} with confidence {self.confidence:g}, but {self.claimed:.4f} "
                 f"is claimed at delta {self.delta:g}; expected a bound below the claim: the noise, the clipping, the "
                 "sampling or the accounting of this run is wrong, and its results must not be called private"
@@ -82,14 +83,16 @@ class OneRunVerdict(Verdict):
     p_value: float
 
 
-def draw_coins(count: int, seed: int) -> NDArray[np.bool_]:
-    """Return for each of `count` canaries whether it is included: independent fair coins, the same for a seed.
+def draw_coins(count: int, key: bytes, *context: str | int) -> NDArray[np.bool_]:
+    """Return for each of `count` canaries whether it is included: independent fair coins, (count,) bool.
 
-    The mechanism under audit must not see the coins but through the canaries it is given.
+    They are a keyed stream, the same for a key and a context, and unrelated to the noise and the
+    samples of that key. Who audits, and the mechanism itself but through the canaries that it is
+    given, must not see them before the guesses are made.
     """
     if count < 1:
         raise PrivacyError(f"audit: found {count} canaries; expected at least 1")
-    return np.random.default_rng([*b"canaries", seed]).integers(2, size=count).astype(bool)
+    return KeyedStream(key, "audit coins", *context).bernoulli(count, 0.5)
 
 
 def guess(scores: ArrayLike, k_plus: int, k_minus: int) -> NDArray[np.int8]:
