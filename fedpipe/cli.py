@@ -10,7 +10,14 @@ from typing import Any
 
 import click
 
-from fedpipe.errors import FedpipeError
+from fedpipe.errors import FedpipeError, hide_password
+
+
+class _Hiding(logging.Formatter):
+    """Writes no password of a URL, whatever message it came in."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hide_password(super().format(record))
 
 
 class _Commands(click.Group):
@@ -20,7 +27,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(context)
         except FedpipeError as error:
-            for line in str(error).splitlines():
+            for line in hide_password(str(error)).splitlines():
                 click.echo(f"error: {line}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
@@ -39,7 +46,7 @@ def main() -> None:
     log.propagate = False
     if not log.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        handler.setFormatter(_Hiding("%(levelname)s: %(message)s"))
         log.addHandler(handler)
 
 
@@ -76,9 +83,10 @@ def partition(params: Path, overrides: tuple[str, ...]) -> None:
     settings, project = _open(params, overrides)
     write_partition(settings, project.raw, project.partition)
     federation = Federation.open(project.partition)
-    sizes = federation.sizes.values()
+    sizes, groups = federation.sizes.values(), federation.groups
+    whole = "" if groups is None else f" in {min(groups.values())} to {max(groups.values())} groups"
     click.echo(
-        f"{project.partition}: {len(sizes)} clients, {min(sizes)} to {max(sizes)} records each, "
+        f"{project.partition}: {len(sizes)} clients, {min(sizes)} to {max(sizes)} records each{whole}, "
         f"{federation.manifest['test']['records']} test records, {federation.digest}"
     )
 
@@ -87,14 +95,32 @@ def partition(params: Path, overrides: tuple[str, ...]) -> None:
 @_with_settings
 def train(params: Path, overrides: tuple[str, ...]) -> None:
     """Train from the partition that is there; what the DVC pipeline calls."""
-    _flow(params, overrides, standalone=False)
+    _flow(params, overrides, "federated", standalone=False)
 
 
 @main.command()
 @_with_settings
 def run(params: Path, overrides: tuple[str, ...]) -> None:
     """Do everything: fetch, partition, train, report. Run again after a crash, it goes on."""
-    _flow(params, overrides, standalone=True)
+    _flow(params, overrides, "federated", standalone=True)
+
+
+@main.command()
+@_with_settings
+@click.option("--canaries", type=int, help="How many there are, over all clients that get some. Default: 256.")
+@click.option("--client", "clients", multiple=True, help="Who gets canaries; any number of times. Default: all.")
+@click.option("--kind", help="random (words of the vocabulary; the default) or mislabelled (test records).")
+@click.option("--guesses", type=int, help="So many are called in, and so many out. Default: an eighth each.")
+@click.option("--seed", type=int, help="Of the canaries' texts and labels, never of their coins. Default: 0.")
+@click.option("--confidence", type=float, help="Of the lower bound on epsilon. Default: 0.95.")
+def audit(params: Path, overrides: tuple[str, ...], clients: tuple[str, ...], **given: Any) -> None:
+    """Train a copy of the run with canaries, and hold what attacks can tell against the claimed epsilon."""
+    from fedpipe.data.canaries import parse_audit
+
+    options = {name: value for name, value in given.items() if value is not None}
+    options |= {"clients": list(clients)} if clients else {}
+    parse_audit(options)
+    _flow(params, overrides, "audit", options=options)
 
 
 @main.command()
@@ -138,7 +164,10 @@ def methods(name: str | None, params: Path, overrides: tuple[str, ...]) -> None:
 )
 @click.option("--sigma", type=click.FloatRange(0, min_open=True), help="A noise multiplier: what does it cost?")
 @click.option(
-    "--records", multiple=True, type=click.IntRange(1), help="A client's number of records, instead of the partition's."
+    "--records",
+    multiple=True,
+    type=click.IntRange(1),
+    help="A client's number of records (with unit group, of groups), instead of the partition's.",
 )
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw epsilon by round into this SVG file.")
 def budget(
@@ -151,11 +180,19 @@ def budget(
 ) -> None:
     """Tell, before any training, what the settings cost in privacy, and what other choices would."""
     from fedpipe.data.federation import Federation
+    from fedpipe.errors import SettingsError
     from fedpipe.listing.budget import Budget, shown, write_picture
     from fedpipe.listing.overview import printed
+    from fedpipe.plan import sampled
 
     settings, project = _open(params, overrides)
-    sizes = records or tuple(Federation.open(project.partition).sizes.values())
+    if records and settings.privacy.unit == "client":
+        raise SettingsError("--records: with privacy.unit client nothing depends on records; set partition.clients")
+    if records:
+        sizes = records
+    else:
+        federation = Federation.open(project.partition)
+        sizes = tuple(sampled(settings, federation.sizes, federation.groups).values())
     asked = Budget(settings, sizes, epsilon or settings.privacy.epsilon, sigma)
     tables = shown(asked)
     click.echo(printed(lambda width: tables))
@@ -187,11 +224,17 @@ def ledger() -> None:
 @click.option("--delta", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="Default: the plan's.")
 def verify(path: Path, delta: float | None) -> None:
     """Check a ledger's chain, and compute epsilon from it alone; PATH is a run's directory or its ledger.jsonl."""
+    from fedpipe.budget import check_spent
     from fedpipe.listing.ledger import shown
     from fedpipe.listing.overview import printed
     from fedpipe.privacy.recompute import verify_ledger
+    from fedpipe.state import Run
 
     verified = verify_ledger(path, delta)
+    run = Run(verified.path.parent)
+    if (run.root / "run.json").exists():  # the rounds beside it know what must be in it: a chain cut off looks whole
+        for number in range(run.completed_rounds() + 1):
+            check_spent(run, number)
     click.echo(printed(lambda width: shown(verified)))
     sys.exit(0 if verified.kept else 1)
 
@@ -227,8 +270,10 @@ def _open(params: Path, overrides: tuple[str, ...]) -> tuple[Any, Any]:
     return settings, Project(params.resolve().parent)
 
 
-def _flow(params: Path, overrides: tuple[str, ...], standalone: bool) -> None:
-    """Run the Prefect flow in this process. The one place where the library reaches up to the flows."""
+def _flow(params: Path, overrides: tuple[str, ...], name: str, **parameters: Any) -> None:
+    """Run a Prefect flow in this process. The one place where the library reaches up to the flows."""
+    from importlib import import_module
+
     from fedpipe.config import parse_override
     from flows.settings import quiet
 
@@ -238,6 +283,5 @@ def _flow(params: Path, overrides: tuple[str, ...], standalone: bool) -> None:
     from flows.embedded import prefect_api
 
     with prefect_api():
-        from flows.federated import federated
-
-        federated(str(params.resolve()), dict(map(parse_override, overrides)), standalone)
+        flow = getattr(import_module(f"flows.{name}"), name)
+        flow(str(params.resolve()), dict(map(parse_override, overrides)), **parameters)

@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML, YAMLError
 
-from fedpipe.errors import SettingsError, nearest
+from fedpipe.errors import SettingsError, hide_password, nearest
 
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]  # of what the plan lists one by one
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -45,7 +46,7 @@ class PartitionSettings(Section):
     """How the training records are dealt to clients."""
 
     scheme: Literal["iid", "dirichlet", "shards", "natural"] = "dirichlet"
-    clients: PositiveInt | None = 8  # null, with natural: one client for each value of the column
+    clients: Count | None = 8  # null, with natural: one client for each value of the column
     alpha: PositiveFloat = 0.5  # dirichlet: small is skewed, large is even
     shards_per_client: PositiveInt = 2
     column: str | None = None  # natural: the column whose values are never split
@@ -78,12 +79,15 @@ class LoraSettings(Section):
 
 
 class FederationSettings(Section):
-    rounds: PositiveInt = 10
+    rounds: Count = 10
     clients_per_round: PositiveInt | None = None  # null: all of them
-    local_steps: PositiveInt = 5
+    local_steps: Count = 5
     batch_size: PositiveInt = 256  # expected size of a client's Poisson batch
     max_participations: PositiveInt | None = None  # hard cap per client, which sigma is calibrated on; null: rounds
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # a sampled client is not available with this probability
+    secure_aggregation: bool = False  # the server gets the sum of the updates, and no update
+    secure_range: PositiveFloat = 8.0  # a client with a number that moved farther in a round is left out of the sum
+    secure_threshold: Annotated[float, Field(ge=0.5, le=1)] = 0.6  # of a round's clients, who must stay to the end
 
 
 Choice = str | dict[str, Any] | None  # a part's name, or {name, options}; null: the method's own choice
@@ -138,12 +142,18 @@ class OptimizerSettings(Section):
 
 
 class PrivacySettings(Section):
-    unit: Literal["record", "none"] = "record"
+    unit: Literal["record", "group", "client", "none"] = "record"
+    adjacency: Literal["add-remove", "replace-one"] = "add-remove"  # how neighbouring data sets differ
+    group: str | None = None  # unit group: the column whose equal values are one unit, such as a patient
+    group_records: PositiveInt = 8  # unit group: of a group's records at most this many count
+    noise: Literal["central", "distributed"] = "central"  # unit client: the server adds it, or each client a share
     epsilon: PositiveFloat = 8.0
     delta: PositiveFloat | Literal["auto"] = "auto"  # auto: min(1e-5, 1 / (10 * largest client))
     clip_norm: PositiveFloat = 1.0
     accountant: Literal["prv", "rdp"] = "prv"
-    test_key: str | None = None  # 64 hex digits: fixes the noise, for tests only; the run is not private
+    diagnostics: bool = False  # log training losses, which no noise protects; the run is marked
+    # 64 hex digits: fixes the noise, for tests only; the run is not private.
+    test_key: str | None = Field(default=None, repr=False)
 
     @field_validator("delta")
     @classmethod
@@ -158,6 +168,12 @@ class PrivacySettings(Section):
         if value is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", value):
             raise ValueError("expected 64 hexadecimal digits (32 bytes), in quotes, or null")
         return value
+
+    @model_validator(mode="after")
+    def _group_has_a_column(self) -> PrivacySettings:
+        if self.unit == "group" and self.group is None:
+            raise ValueError("unit 'group' needs privacy.group, the column whose equal values are one group")
+        return self
 
 
 class EvaluationSettings(Section):
@@ -185,7 +201,7 @@ class TrackingSettings(Section):
 class Settings(Section):
     """All of `params.yaml`. Two runs with equal settings, data and code compute the same thing."""
 
-    seed: Annotated[int, Field(ge=0)] = 17
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 17
     data: DataSettings
     partition: PartitionSettings = PartitionSettings()
     model: ModelSettings
@@ -233,14 +249,15 @@ def load_settings(path: Path, overrides: Mapping[str, Any] | None = None) -> Set
         The file is missing or no YAML, or a key, a type or a combination in it is wrong.
     """
     try:
-        values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        values = _yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read: {error.strerror}; run this where params.yaml is") from error
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, ValueError) as error:
         raise SettingsError(f"{path}{_place(error)}: is not YAML: {_problem(error)}") from error
     if not isinstance(values, dict):
         raise SettingsError(f"{path}: found {_shown(values)}; expected keys such as 'data:' and 'model:'")
     for key, value in (overrides or {}).items():
+        _refuse_secret(key, value)
         _apply(values, key, value)
     return parse_settings(values, where=str(path))
 
@@ -263,9 +280,46 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not path:
         raise SettingsError(f"--set {text}: expected section.key=value, such as method.name=ffa-lora")
     try:
-        return path.strip(), YAML(typ="safe", pure=True).load(value)
-    except YAMLError as error:
-        raise SettingsError(f"--set {text}: the value is not YAML: {_problem(error)}") from None
+        return path.strip(), _yaml(value)
+    except (YAMLError, ValueError) as error:
+        raise SettingsError(f"--set {hide_password(text)}: the value is not YAML: {_problem(error)}") from None
+
+
+MOST_VALUES = 10_000  # in a settings file, those behind an alias counted each time
+MOST_LEVELS = 20
+
+
+def _yaml(text: str) -> Any:
+    """Read YAML: values of the safe kinds, few and shallow enough that no message about them fills a memory.
+
+    Raises
+    ------
+    YAMLError, ValueError
+        It is no YAML; or it is too deep, too large, or holds text that cannot be written down.
+    """
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
+        raise ValueError(f"a value that cannot be read ({type(error).__name__})") from error
+    _count(value, MOST_VALUES, MOST_LEVELS)
+    return value
+
+
+def _count(value: Any, left: int, levels: int) -> int:
+    """Return how many values are left of a number, after those in `value`."""
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError("half of a surrogate pair, which is no letter")
+    if levels < 0:
+        raise ValueError(f"nested more than {MOST_LEVELS} levels deep")
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    for part in value if isinstance(value, list | tuple | set) else ():
+        left = _count(part, left, levels - 1)
+    if left <= 0:
+        raise ValueError(f"more than {MOST_VALUES} values, where each use of an alias counts anew")
+    return left - 1
 
 
 def _place(error: Exception) -> str:
@@ -282,7 +336,18 @@ def _shown(value: Any) -> str:
     """Show what was found as the settings file spells it, cut to fit a line."""
     words = {None: "nothing", True: "true", False: "false"}
     text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    text = hide_password(text)
     return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def _refuse_secret(path: str, value: Any) -> None:
+    """An override can be read by others: in the list of processes, in a shell's history, in Prefect's records."""
+    text = str(value)
+    if (path == "tracking.uri" and hide_password(text) != text) or (path == "privacy.test_key" and value is not None):
+        raise SettingsError(
+            f"{path}: an override would show it to others, in the list of processes and in Prefect's records; write it "
+            "into the settings file, or for a tracking server set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
 
 
 def _apply(values: dict[str, Any], path: str, value: Any) -> None:

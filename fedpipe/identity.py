@@ -60,6 +60,8 @@ def identify(
     values = settings.model_dump(mode="json")
     science = {name: value for name, value in values.items() if name not in _NOT_IDENTITY}
     test_key = science["privacy"].pop("test_key")
+    # It adds to what a run leaves behind, and changes nothing that is noised: another run, and the same query.
+    diagnostics = science["privacy"].pop("diagnostics")
     query = {
         **{name: value for name, value in science.items() if name != "evaluation"},
         "method": {"name": method.name, **method.axes},
@@ -73,6 +75,7 @@ def identify(
     # A fixed key gives other bytes than a secret one; its fingerprint keeps the runs apart.
     fingerprint = hashlib.sha256(test_key.lower().encode()).hexdigest()[:16] if test_key else None
     parts = {**query, "evaluation": science["evaluation"], "engine": settings.runtime.engine, "test_key": fingerprint}
+    parts["diagnostics"] = diagnostics
     run = digest(parts)
     return Identity(run_id=f"{method.name}-{run[:10]}", run=run, query=digest(query), parts=parts)
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fedpipe.budget import check_spent
-from fedpipe.files import write_atomic, write_json, write_tensors
+from fedpipe.errors import StateError
+from fedpipe.files import file_digest, write_atomic, write_json, write_tensors
 from fedpipe.models.factors import GlobalState, pairs
 from fedpipe.models.loading import TASK_FILE
 from fedpipe.models.structure import exported, of_context
-from fedpipe.privacy.ledger import summary
+from fedpipe.privacy.ledger import EVERY, summary
+from fedpipe.privacy.neighbours import adjacency_of
 from fedpipe.project import Project
 from fedpipe.state import Run
 from fedpipe.steps.evaluating import final_models
@@ -32,6 +34,10 @@ COLUMNS = (
     "snr",
     "participants",
     "refused",
+    "epsilon_before",
+    "epsilon_after",
+    "excluded",
+    "skipped",
     "seconds",
     "simulated_seconds",
     "bytes_up",
@@ -41,14 +47,21 @@ COLUMNS = (
 
 def round_row(record: Mapping[str, Any]) -> dict[str, float | None]:
     """Return a round's record as flat numbers, under the names of `rounds.csv`; None where there is none."""
+    hidden = EVERY in record.get("clients", {})  # who took part, and how many
     clients = record.get("clients", {}).values()
-    norms = [client["norm"] for client in clients]
-    ratios = [client["snr"] for client in clients if client["snr"] is not None]
+    # With secure aggregation the server knows neither of them.
+    norms = [client["norm"] for client in clients if "norm" in client]
+    ratios = [client["snr"] for client in clients if client.get("snr") is not None]
     row: dict[str, float | None] = {name: record.get(name) for name in COLUMNS}
     row |= {name: record["metrics"].get(name) for name in ("accuracy", "accuracy_worst", "loss")}
+    row["refused"] = None
     if norms:
-        row |= {"update_norm": sum(norms) / len(norms), "update_norm_max": max(norms), "participants": len(norms)}
-        row["refused"] = len(record.get("refused", {}))
+        row |= {"update_norm": sum(norms) / len(norms), "update_norm_max": None if hidden else max(norms)}
+    if "clients" in record and not hidden:
+        row |= {"participants": len(clients), "refused": len(record.get("refused", {}))}
+    row |= {name: (record.get("cost") or {}).get(name) for name in ("epsilon_before", "epsilon_after")}
+    if "excluded" in record:
+        row |= {"excluded": len(record["excluded"]), "skipped": int(record["skipped"] is not None)}
     if ratios:
         row["snr"] = sum(ratios) / len(ratios)
     return row
@@ -60,17 +73,43 @@ def publish(run: Run, project: Project, mlflow: Mapping[str, Any] | None = None)
     Everything comes from the run's directory, so it can be written again at any time.
     """
     _, workspace = open_workspace(run.root)
+    if workspace.federation.canaries:
+        raise StateError(f"{run.root}: was trained with the canaries of an audit; its adapter is not released")
     for number in range(1, run.plan.rounds + 1):
         check_spent(run, number)
     records = [run.round_record(number) for number in range(run.plan.rounds + 1)]
     _write_adapter(run, project, workspace)
     ledger = _ledger(run)
     metrics = _metrics(run, workspace, records)
-    write_json(project.reports / "ledger.json", ledger)
+    write_json(project.reports / "ledger.json", ledger | {"diagnostics": run.diagnostics})
     write_atomic(project.reports / "rounds.csv", _csv([round_row(record) for record in records]))
-    write_json(project.reports / "run.json", _facts(run, workspace, records, mlflow))
+    facts = _facts(run, workspace, records, mlflow) | {"adapter": _digests(project.adapter)}
+    write_json(project.reports / "run.json", facts)
     write_json(project.reports / "metrics.json", metrics)
     return metrics
+
+
+def left_out(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the budget kept from taking place, by public facts only.
+
+    `skipped`: number of a round -> why nobody trained in it. `excluded`: client -> the first round that it
+    was left out of (`round`), in how many it was (`rounds`), and why (`reason`).
+    """
+    skipped: dict[str, str] = {}
+    excluded: dict[str, dict[str, Any]] = {}
+    for record in records:
+        if record.get("skipped"):
+            skipped[str(record["round"])] = record["skipped"]
+        for client, reason in record.get("excluded", {}).items():
+            first = excluded.setdefault(client, {"round": record["round"], "rounds": 0, "reason": reason})
+            first["rounds"] += 1
+    return {"skipped": skipped, "excluded": excluded}
+
+
+def diagnosed(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    """Return the training losses by round, which no noise protects; None where none were kept."""
+    found = [{"round": record["round"], **record["diagnostics"]} for record in records if "diagnostics" in record]
+    return found or None
 
 
 def shown_settings(run: Run) -> dict[str, Any]:
@@ -111,18 +150,22 @@ def _write_peft(path: Path, run: Run, project: Project, workspace: Workspace, st
 
 def _ledger(run: Run) -> dict[str, Any]:
     plan = run.plan
+    accounted = plan.clients if plan.central is None else {EVERY: plan.central}
     return summary(
         run.ledger if plan.private else None,
         plan.delta,
         plan.accountant,
-        sizes={name: client.records for name, client in plan.clients.items()},
+        sizes={name: None if plan.whole_clients else client.records for name, client in accounted.items()},
         dp_valid=run.dp_valid,
         unit=plan.unit,
-        sampling_rates={name: client.sampling_rate for name, client in plan.clients.items()},
+        adjacency=adjacency_of(plan.adjacency),
+        sampling_rates={name: (plan.shares or client).sampling_rate for name, client in accounted.items()},
+        groups={name: client.groups for name, client in accounted.items()} if plan.unit == "group" else None,
     )
 
 
 def _metrics(run: Run, workspace: Workspace, records: list[dict[str, Any]]) -> dict[str, Any]:
+    kept_back = left_out(records)
     last, histogram = records[-1], workspace.federation.manifest["test"]["histogram"]
     return {
         **last["metrics"],
@@ -131,9 +174,14 @@ def _metrics(run: Run, workspace: Workspace, records: list[dict[str, Any]]) -> d
         "epsilon_rdp": last["epsilon_rdp"],
         "delta": run.plan.delta,
         "rounds": run.plan.rounds,
+        "diagnostics": run.diagnostics,
+        "rounds_skipped": len(kept_back["skipped"]),
+        "clients_excluded": len(kept_back["excluded"]),
         "dp_valid": run.dp_valid,
         "unit": run.plan.unit,
-        "seconds": sum(record["seconds"] for record in records[1:]),
+        "adjacency": run.plan.adjacency,
+        # None where they would tell how many took part.
+        "seconds": None if run.plan.central is not None else sum(record["seconds"] for record in records[1:]),
         "bytes_up": sum(record["bytes_up"] for record in records[1:]),
         "bytes_down": sum(record["bytes_down"] for record in records[1:]),
     }
@@ -156,17 +204,25 @@ def _facts(
         "started": info["started"],
         "finished": _finished(run),
         "dp_valid": run.dp_valid,
+        "budget": left_out(records),
+        "diagnostics": diagnosed(records),
         "mlflow": mlflow,
         "trainable_parameters": sum(s.numel for s in workspace.model.specs if s.name in workspace.trained),
         "clients_by_round": [
             {
                 "round": record["round"],
-                "update_norm": {name: client["norm"] for name, client in record["clients"].items()},
-                "snr": {name: client["snr"] for name, client in record["clients"].items()},
+                "update_norm": {name: client.get("norm") for name, client in record["clients"].items()},
+                "snr": {name: client.get("snr") for name, client in record["clients"].items()},
             }
             for record in records[1:]
         ],
     }
+
+
+def _digests(adapter: Path) -> dict[str, str]:
+    """Return the sha256 of the adapter's files by name: what is evaluated and reported later must be these."""
+    names = (TASK_FILE, "adapter_config.json", "adapter_model.safetensors")
+    return {name: file_digest(adapter / name) for name in names}
 
 
 def _finished(run: Run) -> str:

@@ -8,6 +8,7 @@ runs/<run id>/
   ledger.jsonl            what was spent, written before it was spent
   secrets/noise.key       the noise key; destroyed when the run is complete
   rounds/0003/round.json  the round is complete once this is there
+  confidential/0003/      with unit `client`, the round's plan and the updates, until it is complete
   clients/c000/           what a client keeps to itself, where the method lets it; never sent, logged or published
 ```
 A round's directory holds `plan.json` (who trains, from which state), `updates/` (one file a
@@ -23,6 +24,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -35,12 +37,24 @@ from torch import Tensor
 
 from fedpipe.config import Settings, parse_settings
 from fedpipe.errors import StateError
-from fedpipe.files import read_json, read_tensors, steady_digest, storage, write_json
+from fedpipe.files import (
+    inside,
+    private_directory,
+    read_sealed,
+    read_tensors,
+    steady_digest,
+    storage,
+    write_sealed,
+)
 from fedpipe.identity import Identity, changed_keys, git_commit, versions
 from fedpipe.models.factors import GlobalState
 from fedpipe.plan import Plan
-from fedpipe.privacy.keys import destroy_key, new_key, read_key, write_key
+from fedpipe.privacy.keys import Key, destroy_key, new_key, read_key, write_key
 from fedpipe.privacy.ledger import Ledger, open_ledger
+from fedpipe.privacy.neighbours import adjacency_of
+
+_INFO = {"run_id", "identity", "query", "parts", "settings", "plan_sha256", "dp_valid", "test_key"}
+_INFO |= {"git_commit", "versions", "started"}
 
 
 @dataclass(frozen=True)
@@ -51,12 +65,15 @@ class Run:
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        return read_json(self.root / "run.json")
+        info = read_sealed(self.root / "run.json")
+        if missing := _INFO - info.keys():
+            raise StateError(f"{self.root / 'run.json'}: damaged, or of another version: lacks '{min(missing)}'")
+        return info
 
     @cached_property
     def settings(self) -> Settings:
         """The settings of the run, with how it is computed *now*; the test key, if any, is in the key file only."""
-        values = {**self.info["settings"], **read_json(self.root / "runtime.json")}
+        values = {**self.info["settings"], **read_sealed(self.root / "runtime.json")}
         return parse_settings(values, where=str(self.root / "run.json"))
 
     @cached_property
@@ -67,6 +84,11 @@ class Run:
     def dp_valid(self) -> bool:
         """Whether the run's epsilon may be believed: private, and with a secret key."""
         return bool(self.info["dp_valid"])
+
+    @property
+    def diagnostics(self) -> bool:
+        """Whether training losses are kept, which epsilon does not cover."""
+        return self.settings.privacy.diagnostics
 
     @property
     def key_path(self) -> Path:
@@ -93,12 +115,18 @@ class Run:
     def round_dir(self, round: int) -> Path:
         return self.root / "rounds" / f"{round:04d}"
 
+    def work_dir(self, round: int) -> Path:
+        """Where a round keeps its plan and the clients' updates; not for others where who takes part is secret."""
+        if self.plan.central is None:
+            return self.round_dir(round)
+        return self.root / "confidential" / f"{round:04d}"
+
     def adapter_path(self, round: int) -> Path:
         return self.round_dir(round) / "adapter.safetensors"
 
     def client_dir(self, client: str) -> Path:
         """Where a client keeps what is its own."""
-        return self.root / "clients" / client
+        return inside(self.root / "clients", client)
 
     def memory_path(self, round: int) -> Path:
         return self.round_dir(round) / "server.safetensors"
@@ -106,7 +134,14 @@ class Run:
     def round_record(self, round: int) -> dict[str, Any] | None:
         """Return what a complete round recorded, or None. It is shared between callers: do not change it."""
         path = self.round_dir(round) / "round.json"
-        return _read_once(path, steady_digest(path)) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return _read_once(path, steady_digest(path))
+        except StateError as error:
+            raise StateError(
+                f"{error}; delete {path.parent} and all later rounds and run again: they are computed anew"
+            ) from None
 
     def completed_rounds(self) -> int:
         """Return the number of the last complete round: -1 before the start state is there."""
@@ -114,6 +149,19 @@ class Run:
         while (self.round_dir(number + 1) / "round.json").exists():
             number += 1
         return number
+
+    def skipped(self, round: int) -> str | None:
+        """Return why nobody trains in a round that was begun; None where somebody does, and of round 0."""
+        record = self.round_record(round)
+        if record is None:
+            record = read_sealed(self.work_dir(round) / "plan.json")
+        return record.get("skipped")
+
+    def last_trained(self, round: int) -> int:
+        """Return the last round up to this one that was not skipped; 0 is the start."""
+        while self.skipped(round):
+            round -= 1
+        return round
 
     def state(self, round: int) -> GlobalState:
         """Return the global state after a complete round, checked against its digest."""
@@ -140,7 +188,7 @@ class Run:
     def read_kept(self, entry: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return what a client kept, given what a round recorded of it."""
         try:
-            return read_tensors(self.root / entry["file"], entry["sha256"])
+            return read_tensors(inside(self.root, entry["file"]), entry["sha256"])
         except StateError as error:
             again = (
                 f"delete {self.round_dir(entry['round'])} and all later rounds and run again"
@@ -166,7 +214,8 @@ class Run:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run complete and destroy its noise key."""
-        write_json(self.root / "complete.json", summary)
+        write_sealed(self.root / "complete.json", summary)
+        shutil.rmtree(self.root / "confidential", ignore_errors=True)
         if self.key_path.exists():
             destroy_key(self.key_path)
 
@@ -221,8 +270,7 @@ def open_run(runs: Path, identity: Identity, settings: Settings, make_plan: Call
     root = runs / identity.run_id
     run = Run(root)
     plan = None if (root / "run.json").exists() else make_plan()
-    with storage(root):
-        root.mkdir(parents=True, exist_ok=True)
+    private_directory(root)
     # Of two processes that both found no run, the slower would replace the key and the ledger of the faster.
     with run.lock():
         if not (root / "run.json").exists():
@@ -236,9 +284,9 @@ def open_run(runs: Path, identity: Identity, settings: Settings, make_plan: Call
 def _create(run: Run, previous: Run | None, identity: Identity, settings: Settings, plan: Plan) -> Opened:
     """Write all that a run needs before its first round; `run.json` last."""
     root = run.root
-    if (root / "rounds").exists() or (plan.private and Ledger(run.ledger_path, identity.run_id, plan.unit).entries()):
+    if (root / "rounds").exists() or (plan.private and _new_ledger(run, identity, plan).entries()):
         raise StateError(f"{root}: has lost its run.json, but privacy was spent in it; move it away and run again")
-    plan_sha256 = write_json(root / "plan.json", plan.to_json())
+    plan_sha256 = write_sealed(root / "plan.json", plan.to_json())
     if plan.private:
         # Before `run.json`, and never again: a key that noise was drawn from must not be replaced.
         _make_key(run, settings)
@@ -246,7 +294,7 @@ def _create(run: Run, previous: Run | None, identity: Identity, settings: Settin
     # A tracking URI may hold a password, and is no part of what was computed.
     values = settings.model_dump(mode="json", exclude={"tracking"})
     values["privacy"]["test_key"] = None
-    write_json(
+    write_sealed(
         root / "run.json",
         {
             "format": 1,
@@ -263,19 +311,25 @@ def _create(run: Run, previous: Run | None, identity: Identity, settings: Settin
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )
-    changes = changed_keys(previous.info["parts"], identity.parts) if previous else []
+    changes: list[str] = []
+    with contextlib.suppress(StateError):  # what is wrong with another run is not this one's trouble
+        changes = changed_keys(previous.info["parts"], identity.parts) if previous else []
     return Opened(run, resumed=False, changes=tuple(changes), previous=previous.root.name if previous else None)
+
+
+def _new_ledger(run: Run, identity: Identity, plan: Plan) -> Ledger:
+    return Ledger(run.ledger_path, identity.run_id, plan.unit, adjacency_of(plan.adjacency))
 
 
 @functools.lru_cache(maxsize=2)
 def _read_once(path: Path, sha256: str) -> Any:
     """Parse a file once for every content; a round's record with thousands of clients takes a while."""
-    return read_json(path, sha256)
+    return read_sealed(path, sha256)
 
 
 @functools.lru_cache(maxsize=2)
 def _plan_once(path: Path, sha256: str) -> Plan:
-    return Plan.from_json(read_json(path, sha256))
+    return Plan.from_json(read_sealed(path, sha256))
 
 
 def _plan(path: Path, sha256: str) -> Plan:
@@ -283,18 +337,19 @@ def _plan(path: Path, sha256: str) -> Plan:
     with contextlib.suppress(OSError):
         if steady_digest(path) == sha256:
             return _plan_once(path, sha256)
-    return Plan.from_json(read_json(path, sha256))
+    return Plan.from_json(read_sealed(path, sha256))
 
 
 def _write_runtime(root: Path, settings: Settings) -> None:
     """Keep what may change between a crash and a restart, such as a smaller token budget."""
-    write_json(root / "runtime.json", settings.model_dump(mode="json", include={"runtime"}))
+    write_sealed(root / "runtime.json", settings.model_dump(mode="json", include={"runtime"}))
 
 
 def _make_key(run: Run, settings: Settings) -> None:
     """Write the key before `run.json`: a crash between the two leaves a key that no noise was drawn from."""
     run.key_path.unlink(missing_ok=True)
-    write_key(run.key_path, bytes.fromhex(settings.privacy.test_key) if settings.privacy.test_key else new_key())
+    fixed = settings.privacy.test_key
+    write_key(run.key_path, Key.fromhex(fixed) if fixed else new_key())
 
 
 def _latest(runs: Path) -> Run | None:

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpipe.report import numbers
-from fedpipe.report.summary import RunHeader, header_lines, print_summary, round_line
+from fedpipe.report.summary import RunHeader, cost_line, header_lines, print_summary, round_line
 
 __all__ = ["LiveProgress", "PlainProgress", "Progress", "RunHeader", "TimeLeft", "clock_time", "make_progress"]
 
@@ -32,6 +32,9 @@ class Progress(Protocol):
 
     def start(self, header: RunHeader) -> None:
         """Show what is about to run."""
+
+    def round_begins(self, round: int, before: float, after: float) -> None:
+        """Show what a round will cost: the largest epsilon of its clients without it, and with it."""
 
     def clients_done(self, round: int, done: int, total: int) -> None:
         """Show that `done` of the round's `total` clients are trained."""
@@ -108,6 +111,9 @@ class PlainProgress:
         for line in header_lines(header):
             self.note(line)
 
+    def round_begins(self, round: int, before: float, after: float) -> None:
+        self.note(cost_line(self._header, round, before, after))
+
     def clients_done(self, round: int, done: int, total: int) -> None:
         """Say nothing: a line for each client would bury the rounds."""
 
@@ -136,6 +142,7 @@ class LiveProgress:
         self._live: Live | None = None
         self._round, self._done, self._total = 1, 0, 0
         self._metrics: dict[str, float | None] = {}
+        self._ahead: float | None = None
 
     def getting_ready(self, what: str) -> AbstractContextManager[object]:
         return self._console.status(what)
@@ -152,11 +159,15 @@ class LiveProgress:
         self._console.show_cursor(True)
         atexit.register(self.close)
 
+    def round_begins(self, round: int, before: float, after: float) -> None:
+        self._round, self._ahead = round, after
+
     def clients_done(self, round: int, done: int, total: int) -> None:
         self._round, self._done, self._total = round, done, total
 
     def round_done(self, round: int, metrics: Mapping[str, float | None]) -> None:
         self._left.round_done(round)
+        self._ahead = None
         self._metrics.update({name: value for name, value in metrics.items() if value is not None})
         self.note(round_line(self._header, round, metrics))
         rounds = self._header.rounds if self._header else round
@@ -197,7 +208,8 @@ class LiveProgress:
         target = self._header.epsilon_target if self._header else None
         parts = [f"{name} {numbers.number(self._metrics.get(name))}" for name in ("accuracy", "loss")]
         if target is not None:
-            parts.append(f"epsilon {numbers.epsilon(self._metrics.get('epsilon_max'))} of {target:g}")
+            ahead = "" if self._ahead is None else f", {numbers.epsilon(self._ahead)} after this round"
+            parts.append(f"epsilon {numbers.epsilon(self._metrics.get('epsilon_max'))} of {target:g}{ahead}")
         return "  ".join(parts)
 
 

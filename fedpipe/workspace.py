@@ -225,13 +225,13 @@ class Workspace:
         public = (PROBE,) if self.probe.digest else ()
         parts = {name: self.records(name) for name in (*self.federation.clients, None, *public)}
         whole, path = Encoded.join(list(parts.values())), self._prefix_path(cut)
-        prefix = read_prefix(path)
+        prefix = read_prefix(path, len(whole.tokens))
         if prefix is None:
             log.info("computing the %d frozen layers once for %d records", cut.first, len(whole))
             models = [self.model.to_batched() for _ in range(workers_on(self.device))]
             budget = Budget(PREFIX_TOKENS[self.device.type])
             write_prefix(models, cut, whole, path, self.device, self.settings.runtime.precision, budget)
-            prefix = read_prefix(path)
+            prefix = read_prefix(path, len(whole.tokens))
         known = with_prefix(parts, prefix)
         trial = self.model.to_batched()
         skip_prefix(trial, cut)
@@ -249,7 +249,9 @@ class Workspace:
             return bool(asked)
         federation, sizes = self.settings.federation, self.federation.sizes
         clients = federation.clients_per_round or len(sizes)
-        met = federation.rounds * federation.local_steps * federation.batch_size * clients
+        groups = self.federation.groups if self.settings.privacy.unit == "group" else None
+        each = 1.0 if groups is None else sum(sizes.values()) / sum(groups.values())  # records of what is drawn
+        met = federation.rounds * federation.local_steps * federation.batch_size * clients * each
         need = 4 * hidden_size(self.model) * self.settings.data.max_length * sum(sizes.values())
         return met > 2 * sum(sizes.values()) and need <= LARGEST_PREFIX
 

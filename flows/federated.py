@@ -23,7 +23,7 @@ from fedpipe.publish import round_row
 from fedpipe.state import Run
 from fedpipe.terminal import Progress, make_progress
 from fedpipe.tracking import BackgroundTracker, Tracker
-from flows.describe import describe, header, places, round_metrics, summarise
+from flows.describe import describe, exclusions, header, places, round_metrics, skipped_rounds, summarise
 from tasks import data, rounds
 
 
@@ -89,7 +89,7 @@ def _experiment(
     tracker = BackgroundTracker(Tracker.open(tracking, describe(run), run.root / "mlflow.json"))
     status = "FAILED"
     try:
-        _rounds(run, tracker, progress)
+        all_rounds(run, tracker, progress)
         metrics = _publish(run, project, tracker, standalone)
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -98,20 +98,22 @@ def _experiment(
     finally:
         info = tracker.close(status)
     run.finish(metrics)
-    summary = {**metrics, **places(run, project), "mlflow": info or None}
+    summary = {**metrics, **places(run, project), "skipped": skipped_rounds(run), "mlflow": info or None}
     progress.finish(summary)
     return summary
 
 
-def _rounds(run: Run, tracker: Tracker, progress: Progress) -> None:
+def all_rounds(run: Run, tracker: Tracker, progress: Progress, artifacts: bool = True) -> None:
+    """Do the rounds that are not done, and record all of them; their files too, if `artifacts`."""
     done = run.completed_rounds()
     bar = create_progress_artifact(progress=100 * done / run.plan.rounds, key="rounds-done", description=run.root.name)
     for number in range(done + 1):
         # What was recorded just before a crash may not have been logged.
-        tracker.log_round(number, round_metrics(run.round_record(number)), run.round_dir(number))
+        tracker.log_round(number, round_metrics(run.round_record(number)), run.round_dir(number) if artifacts else None)
+    told: set[str] = set()
     for number in range(done + 1, run.plan.rounds + 1):
-        record = _round(run, number, progress)
-        tracker.log_round(number, round_metrics(record), run.round_dir(number))
+        record = _round(run, number, progress, told)
+        tracker.log_round(number, round_metrics(record), run.round_dir(number) if artifacts else None)
         progress.round_done(number, round_row(record))
         update_progress_artifact(bar, 100 * number / run.plan.rounds)
     rows = [round_row(run.round_record(number)) for number in range(run.plan.rounds + 1)]
@@ -131,10 +133,15 @@ def _publish(run: Run, project: Project, tracker: Tracker, standalone: bool) -> 
     return metrics
 
 
-def _round(run: Run, number: int, progress: Progress) -> dict[str, Any]:
+def _round(run: Run, number: int, progress: Progress, told: set[str]) -> dict[str, Any]:
     started = time.monotonic()
     run_dir = str(run.root)
-    cohorts = rounds.begin_round(run_dir, number)["cohorts"]
+    plan = rounds.begin_round(run_dir, number)
+    cohorts = plan["cohorts"]
+    for note in exclusions(number, plan, told):
+        progress.note(note)
+    if cohorts and plan["cost"]:
+        progress.round_begins(number, plan["cost"]["epsilon_before"], plan["cost"]["epsilon_after"])
     total, clients = sum(map(len, cohorts)), 0
     futures = [rounds.train_cohort.submit(run_dir, number, cohort) for cohort in range(len(cohorts))]
     listed = []
@@ -142,6 +149,8 @@ def _round(run: Run, number: int, progress: Progress) -> dict[str, Any]:
         listed.append(future.result())
         clients += len(members)
         progress.clients_done(number, clients, total)
+    if listed and run.settings.federation.secure_aggregation:
+        listed = [rounds.sum_updates(run_dir, number, listed)]
     aggregated = rounds.aggregate(run_dir, number, listed)
     metrics = rounds.evaluate(run_dir, number, aggregated)
     return rounds.record(run_dir, number, aggregated, metrics, time.monotonic() - started)

@@ -37,4 +37,5 @@ def partition(params_file: str, overrides: dict[str, Any]) -> dict[str, Any]:
     except DataError:
         write_partition(settings, project.raw, project.partition)
     federation = Federation.open(project.partition)
-    return {"digest": federation.digest, "sizes": federation.sizes}
+    hidden = settings.privacy.unit == "client"  # sizes are then a part of what is protected
+    return {"digest": federation.digest, "sizes": None if hidden else federation.sizes}

@@ -48,6 +48,12 @@ def train_cohort(run_dir: str, round: int, cohort: int) -> dict[str, str]:
     return steps.train(Path(run_dir), round, cohort)
 
 
+@task(name="secure sum", task_run_name="round {round} / secure sum", **RETRIED)
+def sum_updates(run_dir: str, round: int, cohorts: list[dict[str, str]]) -> dict[str, str]:
+    """Add the updates up so that the server sees their sum only. Trying again is safe: the same sum, or none."""
+    return steps.sum_updates(Path(run_dir), round, cohorts)
+
+
 @task(name="aggregate", task_run_name="round {round} / aggregate", **RETRIED)
 def aggregate(run_dir: str, round: int, cohorts: list[dict[str, str]]) -> dict[str, Any]:
     return steps.aggregate(Path(run_dir), round, cohorts)

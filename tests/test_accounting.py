@@ -92,7 +92,7 @@ def test_equals_opacus(history):
 
 @pytest.mark.parametrize(("sigma", "q"), [(1.0, 0.01), (0.5, 0.3), (3.0, 0.5), (2.0, 0.99), (0.4, 0.04), (20.0, 0.2)])
 def test_the_curve_that_finds_the_order_is_opacus_curve(sigma, q):
-    for orders in (accounting._ORDERS, accounting._LOW_ORDERS, accounting._HIGH_ORDERS):
+    for orders in (accounting.ORDERS, accounting.LOW_ORDERS, accounting.HIGH_ORDERS):
         expected = [compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=float(order)) for order in orders]
         assert renyi_curve(sigma, q, orders) == pytest.approx(expected, rel=1e-4, abs=1e-8)
 
@@ -104,12 +104,12 @@ def test_the_curve_that_finds_the_order_is_opacus_curve(sigma, q):
     delta=st.floats(-9, -2).map(lambda exponent: 10.0**exponent),
 )
 def test_the_order_that_is_found_is_the_best_of_all(entries, delta):
-    orders = list(accounting._ORDERS)
+    orders = list(accounting.ORDERS)
     curves = [compute_rdp(q=q, noise_multiplier=sigma, steps=steps, orders=orders) for sigma, q, steps in entries]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         best, _ = get_privacy_spent(orders=orders, rdp=sum(curves), delta=delta)
-        found, _ = accounting._renyi(entries, delta, accounting._ORDERS)
+        found, _ = accounting._renyi(entries, delta, accounting.ORDERS)
     assert found == pytest.approx(max(0.0, best), rel=1e-12)
 
 

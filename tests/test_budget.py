@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,13 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpipe import budget
-from fedpipe.budget import check_round_spent, epsilon_so_far, exhausted, undominated
+from fedpipe.budget import check_round_spent, epsilon_so_far, price_of, undominated
 from fedpipe.errors import PrivacyError
 from fedpipe.privacy.accounting import epsilon_prv, epsilon_rdp
 from fedpipe.privacy.ledger import Ledger, LedgerEntry
 
 DELTA = 1e-5
+
+
+def accounted(accountant: str) -> Callable[..., float]:
+    """What a plan computes of a history; the accountants are looked up anew at each call."""
+    return lambda history, by=None: {"prv": epsilon_prv, "rdp": epsilon_rdp}[by or accountant](history, DELTA)
 
 
 def made_run(path: Path, accountant: str, epsilon: float = 50.0) -> SimpleNamespace:
@@ -27,7 +32,7 @@ def made_run(path: Path, accountant: str, epsilon: float = 50.0) -> SimpleNamesp
         for step in range(1, 2 + n % 3)
     ]
     ledger.append([*entries, LedgerEntry("c007", 2, 1, 3.0, 0.3, "q")])
-    plan = SimpleNamespace(private=True, delta=DELTA, accountant=accountant, epsilon=epsilon)
+    plan = SimpleNamespace(private=True, accountant=accountant, epsilon=epsilon, accounted=accounted(accountant))
     return SimpleNamespace(plan=plan, ledger=ledger)
 
 
@@ -42,18 +47,15 @@ def test_it_is_exactly_the_largest_of_all_clients(tmp_path: Path, accountant: st
 
 
 def test_few_clients_are_accounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = {"prv": 0, "rdp": 0}
+    asked, run = {"prv": 0, "rdp": 0}, made_run(tmp_path, "prv")
+    account = run.plan.accounted
 
-    def count(name, function):
-        def counted(history, delta):
-            asked[name] += 1
-            return function(history, delta)
+    def counted(history, by):
+        asked[by] += 1
+        return account(history, by)
 
-        return counted
-
-    monkeypatch.setattr(budget, "epsilon_prv", count("prv", epsilon_prv))
-    monkeypatch.setattr(budget, "epsilon_rdp", count("rdp", epsilon_rdp))
-    epsilon_so_far(made_run(tmp_path, "prv"))
+    monkeypatch.setattr(run.plan, "accounted", counted)
+    epsilon_so_far(run)
     assert 0 < asked["prv"] <= asked["rdp"] <= 4 * 3 + 1  # noise levels by numbers of steps, and the mixed history
 
 
@@ -78,8 +80,14 @@ def with_steps(path: Path) -> SimpleNamespace:
     ledger.append(
         [LedgerEntry(c, 1, k, 1.0, 0.1, "q") for c, steps in (("a", 2), ("b", 3)) for k in range(1, steps + 1)]
     )
-    clients = {"a": SimpleNamespace(local_steps=2, max_steps=4), "b": SimpleNamespace(local_steps=3, max_steps=5)}
-    plan = SimpleNamespace(private=True, clients=clients, participants=(("a", "b"), ("a", "b")))
+    own = {"noise_multiplier": 1.0, "sampling_rate": 0.1}
+    clients = {
+        "a": SimpleNamespace(local_steps=2, max_steps=4, **own),
+        "b": SimpleNamespace(local_steps=3, max_steps=5, **own),
+    }
+    charged, participants = (lambda round: clients), (("a", "b"), ("a", "b"))
+    plan = SimpleNamespace(private=True, epsilon=50.0, charged=charged, participants=participants, clients=clients)
+    plan.accounted = accounted("rdp")
     return SimpleNamespace(plan=plan, ledger=ledger, ledger_path=ledger.path)
 
 
@@ -92,11 +100,12 @@ def test_a_client_has_spent_its_own_steps(tmp_path: Path) -> None:
 
 
 def test_a_client_stops_where_its_own_steps_would_go_past_its_own_limit(tmp_path: Path) -> None:
-    assert exhausted(with_steps(tmp_path), 2, "next") == {"b": "3 of 5 noisy steps are spent; a round takes 3"}
+    excluded = price_of(with_steps(tmp_path), 2, "next").excluded
+    assert excluded == {"b": "3 of 5 noisy steps are spent; a round takes 3"}
 
 
 def test_nothing_spent_is_no_epsilon(tmp_path: Path) -> None:
-    plan = SimpleNamespace(private=True, delta=DELTA, accountant="prv", epsilon=1.0)
+    plan = SimpleNamespace(private=True, accountant="prv", epsilon=1.0, accounted=accounted("prv"))
     run = SimpleNamespace(plan=plan, ledger=Ledger(tmp_path / "ledger.jsonl", run_id="run"))
     assert epsilon_so_far(run) == {"epsilon_max": 0.0, "epsilon_rdp": 0.0}
 

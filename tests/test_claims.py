@@ -101,8 +101,8 @@ def test_the_table_has_the_eighteen_settings() -> None:
 
 @pytest.mark.parametrize("claim", LA, ids=NAMES)
 def test_golden_rdp(claim: Claim, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accounting, "_ORDERS", tuple([1 + x / 20 for x in range(1, 200)] + list(range(12, 64))))
-    monkeypatch.setattr(accounting, "_LOW_ORDERS", (1.05,))  # the golden numbers were made without lower ones
+    monkeypatch.setattr(accounting, "ORDERS", tuple([1 + x / 20 for x in range(1, 200)] + list(range(12, 64))))
+    monkeypatch.setattr(accounting, "LOW_ORDERS", (1.05,))  # the golden numbers were made without lower ones
     for column, steps in enumerate((claim.steps, claim.expected_steps)):
         expected = printed(RDP, claim, column)
         history = ((claim.sigma, claim.rate, steps),)

@@ -23,9 +23,11 @@ from fedpipe.cli import main
 from fedpipe.client.filters import _BINOMIAL, padded_indices
 from fedpipe.config import Settings, load_settings, parse_settings
 from fedpipe.listing.document import demo_specs, written
-from fedpipe.listing.overview import differing, needs_updates
+from fedpipe.listing.overview import differing
 from fedpipe.methods import AXES, CATALOGUE, Method, compose, rules
 from fedpipe.methods import catalogue as catalogue_module
+from fedpipe.methods.sums import not_summed
+from fedpipe.methods.whole import not_for_clients
 from fedpipe.models.lora import TensorSpec
 from fedpipe.privacy.accounting import epsilon_prv, epsilon_rdp
 from flows.describe import _METRICS
@@ -188,14 +190,13 @@ class TestMethods:
     def test_the_catalogue_says_what_the_methods_are(self) -> None:
         described = table("docs/methods.md", "method", "parts that are not plain")
         assert list(described) == list(CATALOGUE)
-        for name, (parts, private, own, summed) in described.items():
+        for name, (parts, *said) in described.items():
             method = CATALOGUE[name]
             plain = Method("plain", "", "")
             for axis, part in method.parts.items():
                 assert (f"{axis} {part.name}" in parts) == (part != getattr(plain, axis)), name
-            assert (private, own, summed) == tuple(
-                "yes" if fact else "no" for fact in (method.private, method.personal, needs_updates(method) is None)
-            )
+            facts = (method.private, method.personal, not_for_clients(method) is None, not_summed(method) is None)
+            assert said == ["yes" if fact else "no" for fact in facts]
 
     def test_every_part_stands_in_its_axis_with_its_options_and_defaults(self) -> None:
         yaml = YAML(typ="safe", pure=True)
@@ -344,11 +345,18 @@ class TestPrivacy:
         ]
         assert found == GOLDEN
 
+    def test_what_replacing_costs(self) -> None:
+        for history, (added, replaced, halved) in table("docs/privacy.md", "history", "add-remove").items():
+            sigma, q, steps = ast.literal_eval(history)
+            found = [epsilon_prv([(s, q, steps)], 1e-5, by) for s, by in (
+                (sigma, "add-remove"), (sigma, "replace-one"), (sigma / 2, "add-remove"))]  # fmt: skip
+            assert [f"{value:.4f}" for value in found] == [added, replaced, halved]
+
     def test_numbers_in_sentences(self) -> None:
         text = TEXTS["docs/privacy.md"]
-        separate, replaced = ([(1 / 2**0.5, 0.01, 1000)], [(0.5, 0.01, 1000)])
+        separate, halved = ([(1 / 2**0.5, 0.01, 1000)], [(0.5, 0.01, 1000)])
         assert f"turns 1.84 into {epsilon_prv(separate, 1e-5):.2f}" in text
-        assert f"{epsilon_prv(replaced, 1e-5):.1f} instead of 1.84" in text
+        assert f"{epsilon_prv(halved, 1e-5):.1f} instead of 1.84" in text
         published = [(0.36, 16 / 3367, 2000)]
         expected = f"{epsilon_prv(published, 1e-5):.1f} (PRV) and {epsilon_rdp(published, 1e-5):.1f} (RDP)"
         assert expected in TEXTS["docs/methods.md"]

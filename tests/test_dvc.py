@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import new_project, prefect_home, prefect_url
+from commands import new_project, prefect_access, prefect_home
 from ruamel.yaml import YAML
 
 from fedpipe.config import load_settings
@@ -48,7 +48,7 @@ class Pipeline:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
         env = clean | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PREFECT_API_URL": prefect_url(),
+            **prefect_access(),
             "PREFECT_HOME": str(prefect_home()),
             "GIT_CONFIG_GLOBAL": os.devnull,
             "GIT_AUTHOR_NAME": "test",

@@ -14,7 +14,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from commands import Done, Fault, fedpipe, new_project, prefect, prefect_home, prefect_url
+from commands import Done, Fault, fedpipe, new_project, prefect, prefect_access, prefect_home
 from mlflow.entities import Run
 
 from fedpipe.data.federation import directory_digest
@@ -259,6 +259,26 @@ def test_without_privacy(tmp_path: Path) -> None:
     assert rows(project)[1]["epsilon_max"] == ""
 
 
+def test_with_secure_aggregation_no_client_is_shown_by_itself(tmp_path: Path) -> None:
+    federation = {"rounds": 2, "secure_aggregation": True}
+    project = new_project(tmp_path / "project", tracked=True, federation=federation, privacy={"accountant": "rdp"})
+    done = fedpipe(project, "run")
+    assert done.code == 0, done.err
+    (run,) = (project / "runs").glob("la-lora-*")
+    assert (run / "rounds" / "0002" / "sum.safetensors").exists()
+    assert not list(run.rglob("updates"))
+    assert not list(run.rglob("outbox-*"))
+    row = rows(project)[2]
+    assert (row["update_norm"], row["snr"], row["participants"], row["refused"]) == ("", "", "3", "0")
+    facts = read_json(project / "reports" / "run.json")["clients_by_round"]
+    assert {value for entry in facts for key in ("update_norm", "snr") for value in entry[key].values()} == {None}
+    page = (project / "reports" / "report.html").read_text()
+    assert "L2 norm of the update" not in page
+    logged = [path.name for path in (project / "mlruns").rglob("*.safetensors")]
+    assert "sum.safetensors" in logged
+    assert "updates" not in {path.parent.name for path in (project / "mlruns").rglob("*.safetensors")}
+
+
 def test_a_run_with_a_secret_key_is_valid(tmp_path: Path) -> None:
     project = new_project(tmp_path / "project", federation={"rounds": 1}, privacy={"test_key": None})
     done = fedpipe(project, "run")
@@ -318,7 +338,7 @@ def test_the_deployment_runs(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "flows", project / "flows", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "tasks", project / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-    env = clean | {"PREFECT_API_URL": prefect_url(), "PREFECT_HOME": str(prefect_home()), "CI": "true"}
+    env = clean | {**prefect_access(), "PREFECT_HOME": str(prefect_home()), "CI": "true"}
     for command in (
         "work-pool create fedpipe-local --type process",
         "deploy --all",

@@ -14,9 +14,10 @@ from click.testing import CliRunner, Result
 from tiny import make_project
 
 from fedpipe.cli import main
-from fedpipe.listing.overview import PLAIN, differing, families, needs_updates, spelled
+from fedpipe.listing.overview import PLAIN, differing, families, spelled
 from fedpipe.listing.traffic import Model, Traffic, open_model, sent_in, with_structure
 from fedpipe.methods import CATALOGUE, Method, register
+from fedpipe.methods.sums import not_summed
 from fedpipe.models.factors import GlobalState, pairs
 from fedpipe.models.layers import TensorSpec
 from fedpipe.server.aggregate import Mean, Round
@@ -24,7 +25,7 @@ from fedpipe.server.initialisation import Global
 from fedpipe.server.ranks import RankPolicy
 from fedpipe.server.round import Updates, server_round
 from fedpipe.server.scheduling import Buffered, Ringmaster
-from fedpipe.server.weights import Samples
+from fedpipe.server.weights import Norm, Samples
 
 NAMES = list(CATALOGUE)
 
@@ -177,12 +178,13 @@ def test_a_sum_suffices_only_where_nobody_looks_at_single_updates() -> None:
         name = "some-median"
         linear = False
 
-    assert needs_updates(plain) is None
-    assert needs_updates(replace(plain, aggregation=Median())) == "aggregation some-median needs every client's update"
-    assert needs_updates(replace(plain, weights=Samples())) == "weights samples are not public"
-    assert needs_updates(replace(plain, ranks=Asking())) == "ranks asking follows what every client asks for"
+    assert not_summed(plain) is None
+    assert not_summed(replace(plain, aggregation=Median())) == "aggregation some-median needs every client's update"
+    assert not_summed(replace(plain, weights=Norm())) == "weights norm are not public"
+    assert not_summed(replace(plain, weights=Samples())) is None  # whole numbers, masked as the updates are
+    assert not_summed(replace(plain, ranks=Asking())) == "ranks asking follows what every client asks for"
     for method in CATALOGUE.values():
-        assert method.aggregation.linear or needs_updates(method)
+        assert method.aggregation.linear or not_summed(method)
 
 
 def test_what_is_plain_is_what_a_method_has_by_default() -> None:

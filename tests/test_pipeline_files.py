@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 # Parts of fedpipe that show results, or start what makes them: a change there must not train again.
 SHOWN = {
     "__init__.py",
+    "audits",
     "claims",
     "cli.py",
     "doctor",
@@ -243,10 +244,14 @@ class TestPrefect:
         assert found["url"] == "http://127.0.0.1:9/api"
         assert found["serializer"] == "compressed/json"
 
-    def test_the_deployment_names_a_flow_that_exists(self) -> None:
-        (deployment,) = read_yaml("prefect.yaml")["deployments"]
-        file, name = deployment["entrypoint"].split(":")
-        assert deployment["name"] == "local"
-        assert re.search(r'@flow\(\s*name="federated"', (ROOT / file).read_text(encoding="utf-8"))
-        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8")
-        assert Path(ROOT / deployment["parameters"]["params_file"]).is_file()
+    def test_every_deployment_names_a_flow_that_exists(self) -> None:
+        deployments = read_yaml("prefect.yaml")["deployments"]
+        assert {d["name"]: d["entrypoint"] for d in deployments} == {
+            "local": "flows/federated.py:federated",
+            "local-audit": "flows/audit.py:audit",
+        }
+        for deployment in deployments:
+            file, name = deployment["entrypoint"].split(":")
+            assert re.search(rf'@flow\(\s*name="{name}"', (ROOT / file).read_text(encoding="utf-8"))
+            assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8")
+            assert Path(ROOT / deployment["parameters"]["params_file"]).is_file()

@@ -17,8 +17,17 @@ from scipy.special import log_ndtr, ndtr
 
 from fedpipe.errors import PrivacyError
 from fedpipe.privacy import adjacency
-from fedpipe.privacy.accounting import calibrate, epsilon, epsilon_rdp
-from fedpipe.privacy.adjacency import epsilon_halved, epsilon_replace_one
+from fedpipe.privacy.accounting import REPLACE_ONE, calibrate, epsilon, epsilon_rdp
+
+
+def epsilon_replace_one(history, delta, accountant):
+    return epsilon(history, delta, accountant, REPLACE_ONE)
+
+
+def epsilon_halved(history, delta, accountant):
+    """Adding or removing under half the noise, the usual rule for replacing; `adjacency` says what it lacks."""
+    return epsilon([(sigma / 2, q, steps) for sigma, q, steps in history], delta, accountant)
+
 
 ROWS = [
     ((tuple(map(tuple, row["history"])), row["delta"]), row["replace_one"], row["lower"], row["upper"])

@@ -36,7 +36,7 @@ from fedpipe.client.starts import client_start
 from fedpipe.client.training import CohortWork, Update, train_cohort
 from fedpipe.config import LoraSettings, OptimizerSettings, Settings
 from fedpipe.errors import SettingsError, StateError
-from fedpipe.files import read_tensors, write_json
+from fedpipe.files import read_tensors, write_sealed
 from fedpipe.methods import CATALOGUE, Method, compose
 from fedpipe.methods.axes import AXES
 from fedpipe.models.factors import GlobalState
@@ -453,7 +453,7 @@ def test_a_rounds_plan_that_says_other_than_its_query_is_refused(
     method = {"name": "dp-lora", "ranks": {"name": "fixed", "each": [1, 2]}}
     run = steps.prepare(project, changed(tiny[1], method=method, privacy__accountant="rdp")).run
     plan = steps.begin_round(run.root, 1)
-    write_json(run.round_dir(1) / "plan.json", {**plan, key: value})
+    write_sealed(run.round_dir(1) / "plan.json", {**plan, key: value})
     with pytest.raises(StateError):
         steps.train(run.root, 1, 0)
 

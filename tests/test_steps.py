@@ -17,11 +17,12 @@ import torch
 from tiny import TEST_KEY
 
 from fedpipe import identity, state, steps, workspace
+from fedpipe.budget import Price
 from fedpipe.client import training
 from fedpipe.config import Settings, parse_settings
 from fedpipe.data.federation import write_partition
 from fedpipe.errors import PrivacyError, StateError, TrainingError
-from fedpipe.files import file_digest, read_json, read_tensors, write_json, write_tensors
+from fedpipe.files import file_digest, read_json, read_sealed, read_tensors, write_json, write_sealed, write_tensors
 from fedpipe.plan import make_plan
 from fedpipe.privacy import ledger as ledger_module
 from fedpipe.privacy.accounting import epsilon_rdp
@@ -683,9 +684,9 @@ def test_a_ledger_with_entries_is_not_replaced(project: Project, settings: Setti
 
 def test_an_edited_setting_of_a_run_is_refused(project: Project, settings: Settings) -> None:
     run = started(project, settings, rounds=1)
-    info = read_json(run.root / "run.json")
+    info = read_sealed(run.root / "run.json")
     info["settings"]["optimizer"]["lr"] = 0.75
-    write_json(run.root / "run.json", info)
+    write_sealed(run.root / "run.json", info)
     with pytest.raises(StateError, match=r"is not what it was begun as: optimizer\.lr: 0\.5 -> 0\.75"):
         steps.begin_round(run.root, 2)
 
@@ -693,16 +694,16 @@ def test_an_edited_setting_of_a_run_is_refused(project: Project, settings: Setti
 @pytest.mark.parametrize("key", ["query", "identity"])
 def test_an_edited_digest_of_a_run_is_refused(project: Project, settings: Settings, key: str) -> None:
     run = started(project, settings, rounds=1)
-    write_json(run.root / "run.json", {**read_json(run.root / "run.json"), key: "0" * 64})
+    write_sealed(run.root / "run.json", {**read_sealed(run.root / "run.json"), key: "0" * 64})
     with pytest.raises(StateError, match=r"run\.json was edited"):
         steps.begin_round(run.root, 2)
 
 
 def test_an_edited_plan_is_refused(project: Project, settings: Settings) -> None:
     run = started(project, settings, rounds=1)
-    plan = read_json(run.root / "plan.json")
+    plan = read_sealed(run.root / "plan.json")
     plan["clients"]["c000"]["noise_multiplier"] /= 2
-    write_json(run.root / "plan.json", plan)
+    write_sealed(run.root / "plan.json", plan)
     with pytest.raises(StateError, match=r"plan\.json: damaged"):
         steps.begin_round(run.root, 2)
 
@@ -732,9 +733,9 @@ def test_code_replaced_under_a_run_stops_it(
 
 def test_a_precision_smuggled_into_the_runtime_file_is_refused(project: Project, settings: Settings) -> None:
     run = started(project, settings, rounds=1)
-    runtime = read_json(run.root / "runtime.json")
+    runtime = read_sealed(run.root / "runtime.json")
     runtime["runtime"]["precision"] = "bf16"
-    write_json(run.root / "runtime.json", runtime)
+    write_sealed(run.root / "runtime.json", runtime)
     with pytest.raises(StateError, match="precision: fp32 -> bf16"):
         steps.begin_round(run.root, 2)
 
@@ -746,14 +747,14 @@ def test_every_round_start_and_plan_is_a_query_of_its_own(project: Project, sett
     queries = [beginning.decide(run, opened, 2)["query"]]
     record = run.round_record(1)
     for start in (run.round_record(0)["state"], "0" * 64):
-        write_json(run.round_dir(1) / "round.json", {**record, "state": start})
+        write_sealed(run.round_dir(1) / "round.json", {**record, "state": start})
         queries.append(beginning.decide(run, opened, 2)["query"])
     queries.append(beginning.decide(run, opened, 1)["query"])
     # A plan edited together with its digest: less noise is another query.
-    plan = read_json(run.root / "plan.json")
+    plan = read_sealed(run.root / "plan.json")
     plan["clients"]["c000"]["noise_multiplier"] /= 2
-    digest = write_json(run.root / "plan.json", plan)
-    write_json(run.root / "run.json", {**read_json(run.root / "run.json"), "plan_sha256": digest})
+    digest = write_sealed(run.root / "plan.json", plan)
+    write_sealed(run.root / "run.json", {**read_sealed(run.root / "run.json"), "plan_sha256": digest})
     queries.append(beginning.decide(Run(run.root), opened, 1)["query"])
     assert len(set(queries)) == len(queries)
 
@@ -789,7 +790,7 @@ def test_the_updates_of_an_earlier_plan_are_not_used(
     listed = [steps.train(run.root, 1, cohort) for cohort in (0, 1)]
     stale = {path: path.read_bytes() for path in run.round_dir(1).glob("cohort-*.json")}
     run.key_path.write_bytes(bytes.fromhex(OTHER_KEY))
-    monkeypatch.setattr(beginning, "exhausted", lambda *args: {})
+    monkeypatch.setattr(beginning, "price_of", lambda *args: Price({}, {}))
     steps.begin_round(run.root, 1)
     for path, content in stale.items():
         path.write_bytes(content)
@@ -818,7 +819,7 @@ def test_a_client_over_its_cap_is_excluded_with_the_reason(
     assert again["cohorts"] == [["c002"]]
 
 
-def test_where_everyone_is_over_the_cap_the_round_is_refused(
+def test_where_everyone_is_over_the_cap_nobody_trains(
     project: Project, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = started(project, settings, rounds=2)
@@ -826,8 +827,8 @@ def test_where_everyone_is_over_the_cap_the_round_is_refused(
     for cohort in (0, 1):
         steps.train(run.root, 3, cohort)
     on_another_device(monkeypatch, run)
-    with pytest.raises(PrivacyError, match="round 3: every client has spent its budget; the state of 2 rounds is kept"):
-        steps.begin_round(run.root, 3)
+    plan = steps.begin_round(run.root, 3)
+    assert (plan["cohorts"], plan["skipped"]) == ([], "no client has budget left for it")
 
 
 def test_later_rounds_that_were_deleted_still_count(
@@ -837,8 +838,7 @@ def test_later_rounds_that_were_deleted_still_count(
     for number in (2, 3):
         shutil.rmtree(run.round_dir(number))
     on_another_device(monkeypatch, run)
-    with pytest.raises(PrivacyError, match="every client has spent its budget"):
-        steps.begin_round(run.root, 2)
+    assert steps.begin_round(run.root, 2)["skipped"] == "no client has budget left for it"
 
 
 def test_deleted_rounds_are_repeated_at_no_cost_by_the_same_query(

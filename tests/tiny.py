@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,23 @@ PLAIN = ("film", "story", "scene", "actor", "plot", "music", "end", "start", "ci
 TEST_KEY = "ab" * 32
 
 
-def make_backbone(directory: Path, layers: int = 2, seed: int = 0, spread: float = 0.02) -> Path:
-    """Save a random BERT with a word-piece tokenizer in the Hugging Face layout."""
+def make_backbone(
+    directory: Path,
+    layers: int = 2,
+    seed: int = 0,
+    spread: float = 0.02,
+    hidden: int = 16,
+    words: Sequence[str] = (),
+) -> Path:
+    """Save a random BERT with a word-piece tokenizer, which knows more `words`, in the Hugging Face layout."""
     directory.mkdir(parents=True)
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *PLAIN]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *PLAIN, *words]
     (directory / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=len(vocabulary),
-        hidden_size=16,
+        hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=32,

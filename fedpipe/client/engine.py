@@ -21,8 +21,10 @@ from fedpipe.client.batching import Budget, micro_batches
 from fedpipe.client.clip import JOINT, Clip
 from fedpipe.client.clipping import apart, sum_in_groups
 from fedpipe.client.contrast import Frozen, Representations, contrast_losses, strengths
+from fedpipe.client.diagnostics import Note, StepLosses, noted
 from fedpipe.client.objectives import Contrast
 from fedpipe.client.parallel import in_turn
+from fedpipe.client.units import Part, Units
 from fedpipe.models.batched import Gradient, Owners
 from fedpipe.models.lora import AdaptedModel, TensorSpec
 from fedpipe.models.task import Encoded
@@ -31,7 +33,7 @@ State = dict[str, Tensor]
 
 
 class Engine(Protocol):
-    """Computes the sum of clipped per-record gradients, client by client."""
+    """Computes the sum of clipped gradients, of records or of groups, client by client."""
 
     def clipped_sums(
         self,
@@ -43,6 +45,8 @@ class Engine(Protocol):
         seeds: Sequence[np.ndarray] | None = None,
         clip: Clip = JOINT,
         contrast: Contrast | None = None,
+        units: Sequence[np.ndarray] | None = None,
+        losses: StepLosses | None = None,
     ) -> State:
         """Return, for each active tensor, (clients, *shape): zero for a client whose batch is empty.
 
@@ -56,6 +60,9 @@ class Engine(Protocol):
         seeds : what dropout draws from, for each client (records,) int64; None for no dropout
         clip : which tensors share a norm
         contrast : a term of a record's loss beside the task's
+        units : each record's group, for each client (records,); the mean gradient of a group's records is
+            then what is clipped and summed. A batch must hold all of a group's records, or none
+        losses : takes each record's loss of the task
         """
 
 
@@ -96,36 +103,59 @@ class CohortEngine:
         seeds: Sequence[np.ndarray] | None = None,
         clip: Clip = JOINT,
         contrast: Contrast | None = None,
+        units: Sequence[np.ndarray] | None = None,
+        losses: StepLosses | None = None,
     ) -> State:
+        if losses is not None:
+            losses.begin(batches)
         pool = self._pool(records)
         starts = np.cumsum([0, *map(len, records)])
         chosen = np.concatenate([batch + start for batch, start in zip(batches, starts, strict=False)])
         owners = np.repeat(np.arange(len(batches)), [len(batch) for batch in batches])
         drawn = None if seeds is None else np.concatenate(seeds)
+        grouped = None if units is None else Units(owners, np.concatenate(_each(units, batches)))
+        lengths = pool.lengths[chosen]
+        if grouped is None:
+            parts = [Part(part) for part in micro_batches(lengths, self.budget)]
+        else:
+            parts = grouped.parts(lengths, self.budget)
 
         copier = self.model.copier(state)
 
-        def one(model: AdaptedModel, part: np.ndarray) -> tuple[Tensor, Tensor]:
-            part = part[np.argsort(owners[part], kind="stable")]
+        def one(model: AdaptedModel, batch: Part) -> tuple[Tensor, Tensor]:
+            part = batch.records
+            part = part[np.argsort(owners[part] if grouped is None else grouped.of[part], kind="stable")]
             whose = Owners(owners[part], self.device)
             inputs, labels = pool.batch(chosen[part], self.device)
             strength = strengths(contrast, whose.index)
             frozen = None if strength is None else self._frozen(model, inputs, whose, contrast)
             model.set_adapter(state, whose, active, copier.copies(whose))
+            note = None if losses is None else losses.at(part)
             with dropout(model, drawn, chosen[part], self.device):
                 if frozen is None:
-                    gradients = self._gradients(model, inputs, labels)
+                    gradients = self._gradients(model, inputs, labels, note)
                 else:
-                    gradients = self._contrasted(model, inputs, labels, frozen, strength, contrast.temperature)
-            return whose.clients, sum_in_groups(gradients, whose, clip_norm, clip, active)
+                    gradients = self._contrasted(model, inputs, labels, note, frozen, strength, contrast.temperature)
+            if grouped is not None:
+                gradients, whose = grouped.means(gradients, part, self.device)
+            bound = None if batch.partial else clip_norm
+            return whose.clients, sum_in_groups(gradients, whose, bound, clip, active)
 
+        shapes = {spec.name: spec.shape for spec in active}
         total = torch.zeros(len(batches), sum(spec.numel for spec in active), device=self.device)
-        for present, part in in_turn(one, self.models, list(micro_batches(pool.lengths[chosen], self.budget))):
+        gathered = 0.0
+        for (present, part), batch in zip(in_turn(one, self.models, parts), parts, strict=True):
+            if batch.partial:
+                gathered = gathered + part
+                if not batch.last:
+                    continue
+                whole, gathered = apart(gathered, shapes), 0.0
+                part = sum_in_groups(whole, Owners(present.cpu().numpy(), self.device), clip_norm, clip, active)
             if len(present) == len(total):
                 total += part
             else:
                 total.index_copy_(0, present, total.index_select(0, present).add_(part))
-        return apart(total, {spec.name: spec.shape for spec in active})
+        return apart(total, shapes)
 
     def _pool(self, records: Sequence[Encoded]) -> Encoded:
         """Put the clients' records end to end, once for all steps on the same ones."""
@@ -133,11 +163,13 @@ class CohortEngine:
             self._joined = records, records[0].join(records)
         return self._joined[1]
 
-    def _gradients(self, model: AdaptedModel, inputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Gradient]:
+    def _gradients(
+        self, model: AdaptedModel, inputs: Mapping[str, Tensor], labels: Tensor, note: Note | None = None
+    ) -> dict[str, Gradient]:
         """Return the per-record gradients of the active tensors: name -> gradients of n records, float32."""
         with autocast(self.device, self.precision):
             outputs = model.forward(inputs)
-        return model.record_gradients(model.task.losses(outputs, labels).sum())
+        return model.record_gradients(noted(model.task.losses(outputs, labels), note).sum())
 
     @torch.no_grad()
     def _frozen(self, model: AdaptedModel, inputs: Mapping[str, Tensor], whose: Owners, contrast: Contrast) -> Frozen:
@@ -155,6 +187,7 @@ class CohortEngine:
         model: AdaptedModel,
         inputs: Mapping[str, Tensor],
         labels: Tensor,
+        note: Note | None,
         frozen: Frozen,
         strength: Tensor,
         temperature: float,
@@ -163,7 +196,11 @@ class CohortEngine:
             with autocast(self.device, self.precision):
                 outputs = model.forward(inputs)
             losses = contrast_losses(representations.take(inputs), frozen, strength, temperature)
-        return model.record_gradients((model.task.losses(outputs, labels) + losses).sum())
+        return model.record_gradients((noted(model.task.losses(outputs, labels), note) + losses).sum())
+
+
+def _each(units: Sequence[np.ndarray], batches: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [groups[batch] for groups, batch in zip(units, batches, strict=True)]
 
 
 @contextlib.contextmanager

@@ -19,8 +19,10 @@ from fedpipe.client.batching import Budget, micro_batches
 from fedpipe.client.clip import JOINT, Clip
 from fedpipe.client.clipping import apart, sum_in_groups
 from fedpipe.client.contrast import Frozen, Representations, contrast_losses, strengths
+from fedpipe.client.diagnostics import Note, StepLosses, noted
 from fedpipe.client.engine import State, autocast, dropout
 from fedpipe.client.objectives import Contrast
+from fedpipe.errors import PrivacyError
 from fedpipe.models.batched import Owners
 from fedpipe.models.lora import AdaptedModel, TensorSpec
 from fedpipe.models.task import Encoded
@@ -47,16 +49,24 @@ class OpacusEngine:
         seeds: Sequence[np.ndarray] | None = None,
         clip: Clip = JOINT,
         contrast: Contrast | None = None,
+        units: Sequence[np.ndarray] | None = None,
+        losses: StepLosses | None = None,
     ) -> State:
+        if units is not None:
+            raise PrivacyError("the reference engine clips records; groups of them need runtime.engine: cohort")
         total = torch.zeros(len(batches), sum(spec.numel for spec in active), device=self.device)
+        if losses is not None:
+            losses.begin(batches)
+        firsts = np.cumsum([0, *map(len, batches)])
         for row, (encoded, batch) in enumerate(zip(records, batches, strict=True)):
             for part in micro_batches(encoded.lengths[batch], self.budget):
                 inputs, labels = encoded.batch(batch[part], self.device)
                 owners = Owners(np.zeros(len(part), dtype=np.int64), self.device)
                 term = self._term(inputs, row, contrast)
+                note = None if losses is None else losses.at(firsts[row] + part)
                 self._load(state, row)
                 with dropout(self.model, None if seeds is None else seeds[row], batch[part], self.device):
-                    gradients = self._gradients(inputs, labels, active, term)
+                    gradients = self._gradients(inputs, labels, active, term, note)
                 total[row] += sum_in_groups(gradients, owners, clip_norm, clip, active)[0]
         return apart(total, {spec.name: spec.shape for spec in active})
 
@@ -84,7 +94,12 @@ class OpacusEngine:
         return lambda read: contrast_losses(read, frozen, strength, contrast.temperature)
 
     def _gradients(
-        self, inputs: Mapping[str, Tensor], labels: Tensor, active: Sequence[TensorSpec], term: Term | None
+        self,
+        inputs: Mapping[str, Tensor],
+        labels: Tensor,
+        active: Sequence[TensorSpec],
+        term: Term | None,
+        note: Note | None,
     ) -> State:
         parameters = {spec.name: self._parameter(spec) for spec in active}
         for spec in active:
@@ -99,7 +114,7 @@ class OpacusEngine:
                     with autocast(self.device, self.precision):
                         outputs = hooked(**inputs)
                     read = representations.take(inputs) if term else None
-                losses = self.model.task.losses(outputs, labels)
+                losses = noted(self.model.task.losses(outputs, labels), note)
                 (losses if term is None else losses + term(read)).sum().backward()
                 return {name: parameter.grad_sample.detach() for name, parameter in parameters.items()}
             finally:

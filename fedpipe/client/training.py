@@ -5,6 +5,12 @@ Poisson batch; each record's gradient over all active tensors clipped to norm C;
 noised with standard deviation sigma C; divided by the *expected* batch size. Its ledger
 entry is on disk before the batch is drawn. An empty batch still takes its noisy step.
 What follows (filter, optimiser, norms) sees only what is already private.
+
+With unit `group` all of this holds for groups of records: they are drawn whole, and what is clipped
+is the mean gradient of a group's records.
+
+With unit `client` local steps are plain: what a client sends is clipped and noised as a whole, by
+the server. Then no check here may speak of one client; a client that diverges is `Lost`.
 """
 
 from __future__ import annotations
@@ -17,7 +23,9 @@ import torch
 from torch import Tensor
 
 from fedpipe.client.curvature import Curvature, Loss
+from fedpipe.client.diagnostics import StepLosses, TrainingLosses
 from fedpipe.client.engine import Engine, State
+from fedpipe.client.lost import Lost
 from fedpipe.client.objectives import Begin
 from fedpipe.client.optimizers import Optimizer
 from fedpipe.client.schedule import noise_stds
@@ -40,7 +48,8 @@ class CohortWork:
     `starts` are where the clients begin, `modes` what the server decided for the round's schedule.
     `query` is the digest of all that defines the private queries of this round; the noise
     of a step is a function of (key, query, round, client, step, tensor), so that a step
-    taken again after a crash draws the same noise, and a changed one fresh noise.
+    taken again after a crash draws the same noise, and a changed one fresh noise. With
+    `diagnostics` the losses that no noise protects are kept, too.
     """
 
     round: int
@@ -51,16 +60,17 @@ class CohortWork:
     query: str
     key: bytes = field(repr=False)
     modes: Mapping[str, str] = field(default_factory=dict)
+    diagnostics: bool = False
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a client sends, and what can be told of it at no cost in privacy.
+    """What a client sends, and what can be told of it at no cost in privacy; `loss` is not of that kind.
 
     `norm` is the l2 norm of what it changed; `snr` estimates the ratio of signal to noise
     in its gradients, from the noisy gradients only (None without noise). `scores` are what the
     schedule made of its last noisy gradients, `rank` is what it asks for from now on, `kept`
-    stays with the client.
+    stays with the client. `loss` is the mean training loss, where diagnostics are asked for.
     """
 
     tensors: dict[str, Tensor]
@@ -68,6 +78,7 @@ class Update:
     snr: float | None
     rank: int
     scores: dict[str, float] | None = None
+    loss: float | None = None
     kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
@@ -103,40 +114,52 @@ def train_cohort(
     plans = [plan.clients[client] for client in work.clients]
     ranks = [start.facts.rank for start in work.starts]
     kept_out = {name: values.to(device) for name, values in masks(model.specs, ranks).items()}
-    signal, noise, scores = np.zeros(count), np.zeros(count), None
+    signal, noise, scores, losses = np.zeros(count), np.zeros(count), None, TrainingLosses(count)
+    units = [records.groups for records in work.records] if plan.unit == "group" else None
+    clip_norm, lost = plan.step_clip, Lost(state) if plan.whole_clients else None
 
     for step in range(1, plans[0].local_steps + 1):
         active = active_specs(model, method, work, step)
         if ledger is not None:
             ledger.append(_entries(work, plans, step))
         batches = [
-            poisson_sample(key, work.query, work.round, client, step, client_plan.records, client_plan.sampling_rate)
-            for key, client, client_plan in zip(keys, work.clients, plans, strict=True)
+            _batch(work, key, client, step, client_plan, records)
+            for key, client, client_plan, records in zip(keys, work.clients, plans, work.records, strict=True)
         ]
         seeds = _dropout_seeds(work, keys, step) if model.has_dropout else None
+        seen = StepLosses() if work.diagnostics else None
         sums = engine.clipped_sums(
-            state, work.records, batches, active, plan.clip_norm, seeds, method.clip, objective.contrast
+            state, work.records, batches, active, clip_norm, seeds, method.clip, objective.contrast, units, seen
         )
-        if plan.clip_norm is not None:
-            _add_noise(sums, work, plans, keys, step, plan.clip_norm)
+        if seen is not None:
+            losses.add(seen)
+        if clip_norm is not None:
+            _add_noise(sums, work, plans, keys, step, clip_norm)
         gradients = {name: _divide(_masked(total, kept_out.get(name)), plans) for name, total in sums.items()}
-        if plan.clip_norm is not None:
-            noise += _noise_energy(active, plans, ranks, plan.clip_norm)
+        if clip_norm is not None:
+            noise += _noise_energy(active, plans, ranks, clip_norm)
             signal += _energy(gradients)
         before = {name: tensor.clone() for name, tensor in state.items()} if step == 1 else None
         if step == plans[0].local_steps:
             # Before the step: what is scored is the step from here.
-            stds = noise_stds([p.noise_multiplier for p in plans], plan.clip_norm, [p.expected_batch for p in plans])
+            stds = noise_stds([p.noise_multiplier for p in plans], clip_norm, [p.expected_batch for p in plans])
             bends = None if probe is None else Curvature(probe, state, _factor_rate(optimizer, model))
             scores = method.schedule.score(gradients, active, stds, bends)
         filtered = smooth(gradients, state, active)
         optimizer.step(state, {name: _masked(g, kept_out.get(name)) for name, g in filtered.items()}, active)
         objective.after_step(state, active, {spec.name: optimizer.learning_rate(spec) for spec in active})
         if before is not None:
-            check_first_step(before, state, model.specs, active, batches, private=plan.private)
-    _check_finite(state, work)
+            # That one client's records move nothing must not show where clients are what is protected.
+            known = batches if lost is None else [batch[:0] for batch in batches]
+            check_first_step(before, state, model.specs, active, known, private=clip_norm is not None)
+        if lost is not None:
+            lost.after_step(state)
+    if lost is None:
+        _check_finite(state, work)
+    else:
+        lost.mark(state)
 
-    snr = np.sqrt(np.maximum(signal - noise, 0) / noise) if plan.clip_norm is not None else [None] * count
+    snr = np.sqrt(np.maximum(signal - noise, 0) / noise) if clip_norm is not None else [None] * count
     ended, extras, kept = (_on_cpu(tensors) for tensors in (state, objective.extras(state), objective.kept(state)))
     updates = {}
     for row, (client, start) in enumerate(zip(work.clients, work.starts, strict=True)):
@@ -152,6 +175,7 @@ def train_cohort(
             steps=plan.local_steps,
             snr=snr[row],
             scores=None if scores is None else scores[row],
+            loss=losses.mean(row),
         )
     return updates
 
@@ -174,15 +198,24 @@ def _begin(model: AdaptedModel, work: CohortWork, began: Mapping[str, Tensor], d
 
 
 def _check_planned(work: CohortWork, plan: Plan, ledger: Ledger | None) -> None:
-    if plan.private and ledger is None:
+    if plan.step_clip is not None and ledger is None:
         raise PrivacyError("a private plan cannot run without a ledger")
     for client, records in zip(work.clients, work.records, strict=True):
         if len(records) != (planned := plan.clients[client].records):
             raise PrivacyError(f"client {client} has {len(records)} records; the plan's sampling rate is for {planned}")
+        groups = None if records.groups is None else len(np.unique(records.groups))
+        if plan.unit == "group" and groups != (planned := plan.clients[client].groups):
+            raise PrivacyError(f"client {client} has {groups} groups; the plan's sampling rate is for {planned}")
     if len({plan.clients[client].local_steps for client in work.clients}) > 1:
         raise PrivacyError("clients with different numbers of local steps cannot be in one cohort")
     if len({tuple(map(id, start.received.values())) for start in work.starts}) > 1:
         raise PrivacyError("clients that received different states cannot be in one cohort")
+
+
+def _batch(work: CohortWork, key: bytes, client: str, step: int, own: ClientPlan, records: Encoded) -> np.ndarray:
+    """Draw a client's Poisson batch; return its records: those that were drawn, or all of the groups that were."""
+    drawn = poisson_sample(key, work.query, work.round, client, step, own.units, own.sampling_rate)
+    return drawn if own.groups is None else np.flatnonzero(np.isin(records.groups, drawn))
 
 
 def active_specs(model: AdaptedModel, method: Method, work: CohortWork, step: int) -> list[TensorSpec]:
@@ -319,6 +352,7 @@ def _update(
     steps: int,
     snr: float | None,
     scores: dict[str, float] | None,
+    loss: float | None,
 ) -> Update:
     """Divide what a client has after its last step into what it sends and what it keeps."""
     mine = [spec for spec in model.specs if spec.name in work.trained]
@@ -340,5 +374,6 @@ def _update(
         snr=None if snr is None else float(snr),
         rank=method.ranks.pruned(start.facts.rank, start.tensors, ended, model.specs),
         scores=scores,
+        loss=loss,
         kept={name: tensor.contiguous() for name, tensor in keeps.items()},
     )

@@ -9,9 +9,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fedpipe.listing.overview import as_yaml, both_ways, differing, needs_updates, spelled
+from fedpipe.listing.overview import as_yaml, both_ways, differing, spelled
 from fedpipe.listing.traffic import Model, sent_in, with_structure
 from fedpipe.methods.method import Method
+from fedpipe.methods.sums import not_summed
+from fedpipe.methods.whole import not_for_clients
 from fedpipe.models.factors import pairs
 from fedpipe.models.layers import TensorSpec
 from fedpipe.parts import Part
@@ -100,10 +102,9 @@ def _named(sent: Sequence[TensorSpec], layers: str) -> str:
 
 
 def _privacy(method: Method) -> list[tuple[str, str]]:
-    reason = needs_updates(method)
-    said = f"no: {reason}" if reason else "its aggregation allows it: a sum of the updates with public weights suffices"
+    whole, summed = not_for_clients(method), not_summed(method)
     return [
         ("record level", "yes, privacy.unit record" if method.private else "no: for privacy.unit none only"),
-        ("client level", said),
-        ("secure aggregation", said),
+        ("client level", f"no: {whole}" if whole else "yes, privacy.unit client"),
+        ("secure aggregation", f"no: {summed}" if summed else "yes, federation.secure_aggregation"),
     ]

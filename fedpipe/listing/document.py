@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from fedpipe.config import Settings, load_settings
-from fedpipe.listing.overview import as_yaml, differing, needs_updates, spelled
+from fedpipe.listing.overview import as_yaml, differing, spelled
 from fedpipe.listing.traffic import traffic
 from fedpipe.methods import AXES, CATALOGUE
 from fedpipe.methods.method import Method
+from fedpipe.methods.sums import not_summed
+from fedpipe.methods.whole import not_for_clients
 from fedpipe.models.layers import TensorSpec
 from fedpipe.parts import Part
 
@@ -39,13 +41,13 @@ def _table(name: str, settings: Settings) -> str:
 
 def catalogue() -> str:
     """Return the table of all methods: what is not plain, and what they allow."""
-    head = ("method", "parts that are not plain", "private", "own models", "a sum suffices")
+    head = ("method", "parts that are not plain", "private", "own models", "client level", "secure sum")
     return _rows(head, (_method_row(method) for method in CATALOGUE.values()))
 
 
 def _method_row(method: Method) -> list[str]:
     own = ", ".join(f"{axis} `{spelled(part)}`" for axis, part in differing(method).items())
-    facts = (method.private, method.personal, needs_updates(method) is None)
+    facts = (method.private, method.personal, not_for_clients(method) is None, not_summed(method) is None)
     return [f"`{method.name}`", own or "none", *("yes" if fact else "no" for fact in facts)]
 
 

@@ -15,36 +15,18 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fedpipe.client.schedule import Schedule
 from fedpipe.listing.traffic import Model
 from fedpipe.methods.method import AXES, Method
+from fedpipe.methods.sums import not_summed
+from fedpipe.methods.whole import not_for_clients
 from fedpipe.parts import Part
 from fedpipe.report import numbers
-from fedpipe.server.ranks import RankPolicy
 
 WIDE = 110  # columns of a terminal, from which on the list is a table
 PIPED = 200
 HEADINGS = ("up", "down", "record", "client", "sec. agg.")
 PLAIN: Mapping[str, Part] = {field.name: field.default for field in fields(Method) if field.name in AXES}
 _ENTRIES = "fedpipe.methods.entries."
-
-
-def needs_updates(method: Method) -> str | None:
-    """Say why a method needs more than a sum of the updates with public weights; None if it does not.
-
-    With secure aggregation the server sees this sum only, and client-level privacy adds its noise to it.
-    """
-    if not method.aggregation.linear:
-        return f"aggregation {method.aggregation.name} needs every client's update"
-    if method.rounds.single:
-        return f"a round of rounds {method.rounds.name} has one update, so that a sum hides nothing"
-    if not method.weights.public:
-        return f"weights {method.weights.name} are not public"
-    if type(method.schedule).score is not Schedule.score:
-        return f"schedule {method.schedule.name} needs every client's scores"
-    if type(method.ranks).pruned is not RankPolicy.pruned:
-        return f"ranks {method.ranks.name} follows what every client asks for"
-    return None
 
 
 def differing(method: Method) -> dict[str, Part]:
@@ -74,8 +56,8 @@ def overview(catalogue: Mapping[str, Method], model: Model | None, width: int) -
 
 
 def _allowed(method: Method) -> list[str]:
-    more = "no" if needs_updates(method) else "yes"
-    return ["yes" if method.private else "no", more, more]
+    facts = (method.private, not_for_clients(method) is None, not_summed(method) is None)
+    return ["yes" if fact else "no" for fact in facts]
 
 
 def _headings(cells: Sequence[str]) -> tuple[str, ...]:
@@ -84,8 +66,7 @@ def _headings(cells: Sequence[str]) -> tuple[str, ...]:
 
 def _legend(model: Model | None) -> list[str]:
     lines = [
-        "record: may run under privacy.unit record. client, sec. agg.: the server needs no more than a sum of the "
-        "updates with public weights, which is what client-level privacy and secure aggregation ask for.",
+        "record, client: may run under this privacy.unit. sec. agg.: may run with federation.secure_aggregation.",
         "fedpipe methods NAME shows a method's card: idea, paper, options, and what differs here.",
     ]
     if model is None:

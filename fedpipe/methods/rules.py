@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from fedpipe.config import Settings
 from fedpipe.errors import SettingsError
 from fedpipe.methods.method import Method
+from fedpipe.methods.sums import MANY, secure_aggregation
+from fedpipe.methods.whole import unit_client
 
 
 def check(method: Method, settings: Settings) -> None:
@@ -19,6 +21,7 @@ def check(method: Method, settings: Settings) -> None:
     """
     rules: tuple[Callable[[Method, Settings], Iterator[str]], ...] = (
         _private,
+        _groups,
         _factors,
         _server_optimizer,
         _objective,
@@ -29,6 +32,8 @@ def check(method: Method, settings: Settings) -> None:
         _phases,
         _stale,
         _clients,
+        secure_aggregation,
+        unit_client,
     )
     if broken := [line for rule in rules for line in rule(method, settings)]:
         raise SettingsError("\n".join(broken))
@@ -44,12 +49,21 @@ def _private(method: Method, settings: Settings) -> Iterator[str]:
     elif method.weights.uses_sizes:
         yield (
             f"method.weights: {method.weights.name} weights clients by their number of records, which privacy.unit "
-            "record protects; use uniform"
+            f"{settings.privacy.unit} protects; use uniform"
         )
     if method.initialisation.raw_gradient:
         yield (
             f"method.initialisation: {method.initialisation} computes gradients of the clients' records that are "
             "neither clipped nor noised; set gradient to false, or privacy.unit to none"
+        )
+
+
+def _groups(method: Method, settings: Settings) -> Iterator[str]:
+    """A group's gradient is made of several records'; only the cohort engine makes it before it clips."""
+    if settings.privacy.unit == "group" and settings.runtime.engine == "opacus":
+        yield (
+            "runtime.engine: opacus clips each record, and privacy.unit group clips the mean gradient of a group's "
+            "records; use cohort"
         )
 
 
@@ -198,6 +212,14 @@ def warnings_for(method: Method, settings: Settings) -> list[str]:
         notes.append(f"federation.local_steps is 1: {method.name} trains B in odd steps only, so A never moves")
     if method.schedule.name == "alternate-round" and rounds == 1:
         notes.append(f"federation.rounds is 1: {method.name} trains B in odd rounds only, so A never moves")
+    if settings.privacy.group is not None and settings.privacy.unit != "group":
+        notes.append(
+            f"privacy.group keeps groups whole and bounded at the clients; privacy.unit is {settings.privacy.unit}, so "
+            "that a group is not what is protected"
+        )
     if settings.private and method.weights.name == "norm":
         notes.append("method.weights norm counts a client by the size of its product, and noise makes it larger")
+    present = settings.federation.clients_per_round or settings.partition.clients or 0
+    if settings.federation.secure_aggregation and present > MANY:
+        notes.append(f"federation.secure_aggregation: a round's work grows with the square of its {present} clients")
     return notes

@@ -1,9 +1,10 @@
 """How much privacy a sequence of noisy steps has spent, and how much noise a budget needs.
 
 A client's history is a list of `(sigma, q, steps)`: `steps` local steps, each a Gaussian
-mechanism of noise multiplier `sigma` on a Poisson sample that takes every record with
-probability `q`. Epsilon is what their adaptive composition spends at a given delta, when
-neighbouring data sets differ by adding or removing one record.
+mechanism of noise multiplier `sigma` on a Poisson sample that takes every record (or group,
+or client: every unit) with probability `q`. Epsilon is what their adaptive composition spends
+at a given delta, when neighbouring data sets differ by adding or removing one unit
+(`add-remove`), or by the value of one (`replace-one`, whose accountants are in `adjacency`).
 
 Two accountants, both of Opacus, give an upper bound on the same number: `rdp` by Rényi
 divergences (Mironov, Talwar and Zhang 2019, arXiv:1908.10530), which is never below the
@@ -18,69 +19,63 @@ import functools
 import itertools
 import logging
 import math
-import threading
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from fedpipe.errors import PrivacyError, nearest
+from fedpipe.errors import PrivacyError
+from fedpipe.privacy.adjacency import replaced_by_prv, replaced_by_renyi
+from fedpipe.privacy.history import (
+    ACCOUNTANTS,
+    ADD_REMOVE,
+    DELTA_ERROR,
+    EPS_ERROR,
+    HIGH_ORDERS,
+    LOW_ORDERS,
+    ORDERS,
+    REPLACE_ONE,
+    Entry,
+    check_accountant,
+    check_entry,
+    checked_delta,
+    loss_grid,
+    merge,
+    quiet,
+    spending,
+)
+from fedpipe.privacy.neighbours import neighbours
 from fedpipe.privacy.renyi import renyi_curve
+
+__all__ = [
+    "ACCOUNTANTS",
+    "ADD_REMOVE",
+    "REPLACE_ONE",
+    "Entry",
+    "calibrate",
+    "check_entry",
+    "delta_auto",
+    "epsilon",
+    "epsilon_prv",
+    "epsilon_rdp",
+    "merge",
+]
 
 log = logging.getLogger(__name__)
 
-Entry = tuple[float, float, int]
-
-ACCOUNTANTS = ("prv", "rdp")
 SIGMA_MIN, SIGMA_MAX = 0.01, 1e4
 
-_ORDERS = tuple([1 + x / 10.0 for x in range(1, 100)] + list(range(12, 64)))
-_LOW_ORDERS = (1.001, 1.002, 1.003, 1.005, 1.007, 1.01, 1.015, 1.02, 1.03, 1.05, 1.07)
-_HIGH_ORDERS = (64, 72, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024)
 
-_EPS_ERROR = 0.01
-_DELTA_ERROR = 1e-3  # of delta
-_GRID_MAX = 2**22  # points of the discretised privacy loss: about 0.7 GB while it is composed
-_LOSS_MAX = 500.0  # exp() of twice this is beyond float64
-
-_lock = threading.Lock()
-
-
-def check_entry(sigma: float, q: float, count: int) -> None:
-    """Refuse a noise multiplier not above 0, a sampling rate not in [0, 1], or a number of steps below 0."""
-    if not (0 < sigma < math.inf and 0 <= q <= 1 and count >= 0 and count == int(count)):
-        raise PrivacyError(
-            f"history: the entry (sigma={sigma}, q={q}, steps={count}) has no epsilon; "
-            "expected sigma above 0, q between 0 and 1, and a whole number of steps"
-        )
-
-
-def merge(history: Iterable[Entry]) -> tuple[Entry, ...]:
-    """Add up the steps of equal `(sigma, q)` and sort, since epsilon does not depend on the order.
-
-    Raises
-    ------
-    PrivacyError
-        A noise multiplier is not above 0, a sampling rate not in [0, 1], or a number of steps negative.
-    """
-    steps: Counter[tuple[float, float]] = Counter()
-    for sigma, q, count in history:
-        check_entry(sigma, q, count)
-        steps[float(sigma), float(q)] += int(count)
-    return tuple((sigma, q, count) for (sigma, q), count in sorted(steps.items()) if count)
-
-
-def epsilon_rdp(history: Iterable[Entry], delta: float) -> float:
+def epsilon_rdp(history: Iterable[Entry], delta: float, adjacency: str = ADD_REMOVE) -> float:
     """Return an upper bound on epsilon at `delta` by Rényi accounting; 0.0 for an empty history.
 
     The orders are those of Opacus; where the best one is the first or the last of them, more
     orders on that side are tried, which can only tighten the bound.
     """
-    return _epsilon_rdp(_spending(history), _checked(delta))
+    by = replaced_by_renyi if _replaces(adjacency) else _epsilon_rdp
+    return by(spending(history), checked_delta(delta))
 
 
-def epsilon_prv(history: Iterable[Entry], delta: float) -> float:
+def epsilon_prv(history: Iterable[Entry], delta: float, adjacency: str = ADD_REMOVE) -> float:
     """Return an upper bound on epsilon at `delta` by numerical composition; 0.0 for an empty history.
 
     Where that composition fails, cannot be trusted or needs too much memory, or is not below
@@ -92,19 +87,33 @@ def epsilon_prv(history: Iterable[Entry], delta: float) -> float:
     Notes
     -----
     The privacy loss is that of removing a record, which dominates that of adding one for this
-    mechanism at every epsilon above 0; the tests compare both with a naive composition.
+    mechanism at every epsilon above 0; the tests compare both with a naive composition. That of
+    replacing one is in `adjacency`.
     """
-    return _epsilon_prv(_spending(history), _checked(delta))
+    by = replaced_by_prv if _replaces(adjacency) else _epsilon_prv
+    return by(spending(history), checked_delta(delta))
 
 
-def epsilon(history: Iterable[Entry], delta: float, accountant: str) -> float:
-    """Return an upper bound on epsilon at `delta` by the named accountant, `prv` or `rdp`."""
-    if accountant not in ACCOUNTANTS:
-        raise PrivacyError(f"privacy.accountant: found '{accountant}'; {nearest(accountant, ACCOUNTANTS)}")
-    return epsilon_prv(history, delta) if accountant == "prv" else epsilon_rdp(history, delta)
+def epsilon(history: Iterable[Entry], delta: float, accountant: str, adjacency: str = ADD_REMOVE) -> float:
+    """Return an upper bound on epsilon at `delta` by the named accountant, `prv` or `rdp`.
+
+    Parameters
+    ----------
+    history : `(sigma, q, steps)`; sigma is the noise's standard deviation over the clip norm, for both adjacencies
+    adjacency : `add-remove`, or `replace-one`
+
+    Raises
+    ------
+    PrivacyError
+        The accountant or the adjacency is unknown, delta not between 0 and 1, or an entry has no epsilon.
+    """
+    check_accountant(accountant)
+    return (epsilon_prv if accountant == "prv" else epsilon_rdp)(history, delta, adjacency)
 
 
-def calibrate(epsilon: float, delta: float, q: float, steps: int, accountant: str) -> float:
+def calibrate(
+    epsilon: float, delta: float, q: float, steps: int, accountant: str, adjacency: str = ADD_REMOVE
+) -> float:
     """Return the smallest noise multiplier whose `steps` steps at rate `q` stay within `epsilon`.
 
     Smallest among the numbers of four significant digits from 0.01 on, so it is at most one
@@ -118,35 +127,19 @@ def calibrate(epsilon: float, delta: float, q: float, steps: int, accountant: st
     """
     if not epsilon > 0 or steps < 1:
         raise PrivacyError(f"privacy.epsilon: found {epsilon} for {steps} steps; expected both above 0")
-    by_rdp = _smallest("rdp", epsilon, delta, q, steps, start=_index(1.0))
-    index = by_rdp if accountant == "rdp" else _smallest(accountant, epsilon, delta, q, steps, start=by_rdp)
+    by_rdp = _smallest("rdp", adjacency, epsilon, delta, q, steps, start=_index(1.0))
+    index = by_rdp if accountant == "rdp" else _smallest(accountant, adjacency, epsilon, delta, q, steps, start=by_rdp)
     return _grid(index)
 
 
 def delta_auto(sizes: Iterable[int]) -> float:
-    """Return min(1e-5, 1 / (10 n)), n the size of the largest client in records."""
+    """Return min(1e-5, 1 / (10 n)), n the size of the largest client in units."""
     return min(1e-5, 1 / (10 * max(sizes, default=1)))
 
 
-def _checked(delta: float) -> float:
-    if not 0 < delta < 1:
-        raise PrivacyError(f"privacy.delta: found {delta}; expected a number between 0 and 1, such as 1e-5, or auto")
-    return float(delta)
-
-
-def _spending(history: Iterable[Entry]) -> tuple[Entry, ...]:
-    return tuple(entry for entry in merge(history) if entry[1] > 0)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what Opacus says about the orders and divisions that are dealt with here.
-
-    Python's warning filters are shared by all threads, hence the lock.
-    """
-    with _lock, warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
-        yield
+def _replaces(adjacency: str) -> bool:
+    neighbours("record", adjacency)  # refuses one that there is not
+    return adjacency == REPLACE_ONE
 
 
 @functools.lru_cache(maxsize=65536)
@@ -188,12 +181,12 @@ def _renyi(history: Sequence[Entry], delta: float, orders: tuple[float, ...]) ->
 def _epsilon_rdp(history: tuple[Entry, ...], delta: float) -> float:
     if not history:
         return 0.0
-    with _quiet():
-        best, order = _renyi(history, delta, _ORDERS)
-        if order == _ORDERS[0]:
-            best = min(best, _renyi(history, delta, _LOW_ORDERS)[0])
-        elif order == _ORDERS[-1]:
-            best = min(best, _renyi(history, delta, _HIGH_ORDERS)[0])
+    with quiet():
+        best, order = _renyi(history, delta, ORDERS)
+        if order == ORDERS[0]:
+            best = min(best, _renyi(history, delta, LOW_ORDERS)[0])
+        elif order == ORDERS[-1]:
+            best = min(best, _renyi(history, delta, HIGH_ORDERS)[0])
     return best
 
 
@@ -203,14 +196,14 @@ def _epsilon_prv(history: tuple[Entry, ...], delta: float) -> float:
         return 0.0
     bound = _epsilon_rdp(history, delta)
     try:
-        with _quiet():
+        with quiet():
             value = _compose(history, delta)
         if not (math.isfinite(value) and value >= 0):
             raise ArithmeticError(f"it gave {value}")
     except (ArithmeticError, ValueError, RuntimeError, TypeError, IndexError, MemoryError) as error:
         log.warning("epsilon by RDP, %.4g, in place of PRV for %s at delta %g: %s", bound, history, delta, error)
         return bound
-    if value > bound + _EPS_ERROR:
+    if value > bound + EPS_ERROR:
         log.warning("epsilon by RDP, %.4g, is below that by PRV, %.4g, for %s", bound, value, history)
     return min(value, bound)
 
@@ -221,16 +214,11 @@ def _compose(history: tuple[Entry, ...], delta: float) -> float:
     from opacus.accountants.analysis.prv import Domain
 
     total = sum(steps for _, _, steps in history)
-    delta_error = delta * _DELTA_ERROR
-    if delta_error < 4 * np.finfo(float).eps * total:
-        raise ArithmeticError(f"delta is within the rounding errors of {total} convolutions")
+    delta_error = delta * DELTA_ERROR
     # As in Opacus' compute_safe_domain_size, whose Rényi divergences are here computed once and kept.
-    tails = [_renyi(history, delta_error / 4, _ORDERS)[0], _EPS_ERROR]
-    tails += [_renyi([(sigma, q, 1)], delta_error / (8 * total), _ORDERS)[0] for sigma, q, _ in history]
-    loss = max(tails) + 3
-    mesh = _EPS_ERROR / np.sqrt(total * np.log(12 / delta_error) / 2)
-    if not loss <= _LOSS_MAX or 2 * loss / mesh > _GRID_MAX:
-        raise MemoryError(f"privacy losses up to {loss:.3g} in steps of {mesh:.3g} do not fit")
+    tails = [_renyi(history, delta_error / 4, ORDERS)[0], EPS_ERROR]
+    tails += [_renyi([(sigma, q, 1)], delta_error / (8 * total), ORDERS)[0] for sigma, q, _ in history]
+    loss, mesh = loss_grid(tails, total, delta_error)
 
     class Accountant(PRVAccountant):
         def _get_domain(self, **_: object) -> Domain:
@@ -238,7 +226,7 @@ def _compose(history: tuple[Entry, ...], delta: float) -> float:
 
     accountant = Accountant()
     accountant.history = list(history)
-    return float(accountant.get_epsilon(delta, eps_error=_EPS_ERROR, delta_error=delta_error))
+    return float(accountant.get_epsilon(delta, eps_error=EPS_ERROR, delta_error=delta_error))
 
 
 def _grid(index: int) -> float:
@@ -256,13 +244,13 @@ def _index(sigma: float) -> int:
     return index
 
 
-def _smallest(accountant: str, target: float, delta: float, q: float, steps: int, start: int) -> int:
+def _smallest(accountant: str, adjacency: str, target: float, delta: float, q: float, steps: int, start: int) -> int:
     """Return the smallest index of the grid whose epsilon is at most `target`, searched for from `start`."""
 
     @functools.cache
     def excess(index: int) -> float:
         """Return log(epsilon / target), nearly a straight line in log sigma; at most 0 where `index` will do."""
-        spent = epsilon([(_grid(index), q, steps)], delta, accountant)
+        spent = epsilon([(_grid(index), q, steps)], delta, accountant, adjacency)
         return math.log(max(spent, 1e-9 * target) / target) if spent <= target else max(1e-12, math.log(spent / target))
 
     low, high = _index(SIGMA_MIN), _index(SIGMA_MAX)

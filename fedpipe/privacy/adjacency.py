@@ -15,9 +15,11 @@ a < 1, H_a(P, Q) = 1 - a + a H_(1/a)(Q, P), and the pair is its own mirror image
 records add is a random shift; H is jointly convex, so it helps nobody. Dominating pairs compose
 adaptively (Zhu, Dong and Wang 2022, arXiv:2106.08567).
 
-The usual rule, sigma / 2 at the same q, is `epsilon_halved`: far above, and proven by the above for
-one step only. Its pair does not dominate at a < 1: the loss of adding a record is at most -log(1 - q),
-that of replacing one has no bound.
+The usual rule, sigma / 2 at the same q, is far above, and proven by the above for one step only. Its
+pair does not dominate at a < 1: the loss of adding a record is at most -log(1 - q), that of replacing
+one has no bound. Without sampling, q = 1, the two are the same.
+
+All this holds for any unit: a record, a group whose mean gradient is clipped, a client.
 """
 
 from __future__ import annotations
@@ -25,52 +27,18 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Iterable
 
 import numpy as np
 from scipy.integrate import simpson
 from scipy.special import logsumexp, ndtr
 
-from fedpipe.errors import PrivacyError, nearest
-from fedpipe.privacy import accounting
-from fedpipe.privacy.accounting import ACCOUNTANTS, Entry, epsilon, merge
+from fedpipe.privacy.history import DELTA_ERROR, EPS_ERROR, HIGH_ORDERS, LOW_ORDERS, ORDERS, Entry, loss_grid, quiet
 
 log = logging.getLogger(__name__)
 
-_ORDERS = (*accounting._LOW_ORDERS, *accounting._ORDERS, *accounting._HIGH_ORDERS)
+_ORDERS = (*LOW_ORDERS, *ORDERS, *HIGH_ORDERS)
 _POINTS_MAX = 2**16  # of one integral; orders that need more matter only where noise is large, and then need few
 _WIDTH = 14.0  # standard deviations; beyond it lies 1e-44
-
-
-def epsilon_replace_one(history: Iterable[Entry], delta: float, accountant: str) -> float:
-    """Return an upper bound on epsilon at `delta` when one record's value changes; 0.0 for an empty history.
-
-    Parameters
-    ----------
-    history
-        `(sigma, q, steps)`, as for `accounting.epsilon`: sigma is the noise's standard deviation
-        over the clip norm C, not over the 2 C by which a sum can change.
-    accountant
-        `rdp`, or `prv`: numerical composition (Gopi, Lee and Wutschitz 2021, arXiv:2106.02848),
-        or the bound by `rdp` where it cannot be trusted or is not below it.
-
-    Raises
-    ------
-    PrivacyError
-        The accountant is unknown, delta not between 0 and 1, or an entry has no epsilon.
-    """
-    if accountant not in ACCOUNTANTS:
-        raise PrivacyError(f"privacy.accountant: found '{accountant}'; {nearest(accountant, ACCOUNTANTS)}")
-    spending, delta = accounting._spending(history), accounting._checked(delta)
-    return _by_prv(spending, delta) if accountant == "prv" else _by_renyi(spending, delta)
-
-
-def epsilon_halved(history: Iterable[Entry], delta: float, accountant: str) -> float:
-    """Return epsilon of adding or removing a record under half the noise, the usual rule for replacing one.
-
-    For comparison with the literature; see the module for what it lacks.
-    """
-    return epsilon([(sigma / 2, q, steps) for sigma, q, steps in merge(history)], delta, accountant)
 
 
 class _Loss:
@@ -136,8 +104,15 @@ def _curve(sigma: float, q: float) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4096)
-def _by_renyi(history: tuple[Entry, ...], delta: float) -> float:
-    """Return the smallest bound of all orders (Canonne, Kamath and Steinke 2020, arXiv:2004.00010)."""
+def replaced_by_renyi(history: tuple[Entry, ...], delta: float) -> float:
+    """Return the smallest bound of all orders (Canonne, Kamath and Steinke 2020, arXiv:2004.00010).
+
+    Parameters
+    ----------
+    history
+        As `history.spending` returns it; sigma is the noise's standard deviation over the clip
+        norm C, not over the 2 C by which a sum can change.
+    """
     if not history:
         return 0.0
     alpha = np.array(_ORDERS)
@@ -147,12 +122,16 @@ def _by_renyi(history: tuple[Entry, ...], delta: float) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def _by_prv(history: tuple[Entry, ...], delta: float) -> float:
+def replaced_by_prv(history: tuple[Entry, ...], delta: float) -> float:
+    """Return epsilon by numerical composition (Gopi, Lee and Wutschitz 2021, arXiv:2106.02848).
+
+    Or the bound by Rényi divergences where it cannot be trusted or is not below it.
+    """
     if not history:
         return 0.0
-    bound = _by_renyi(history, delta)
+    bound = replaced_by_renyi(history, delta)
     try:
-        with accounting._quiet(), np.errstate(over="raise"):
+        with quiet(), np.errstate(over="raise"):
             value = _compose(history, delta)
         if not (math.isfinite(value) and value >= 0):
             raise ArithmeticError(f"it gave {value}")
@@ -163,18 +142,14 @@ def _by_prv(history: tuple[Entry, ...], delta: float) -> float:
 
 
 def _compose(history: tuple[Entry, ...], delta: float) -> float:
-    """Return the upper bound of numerical composition, where it fits; sizes as in `accounting`."""
+    """Return the upper bound of numerical composition, where it fits."""
     from opacus.accountants.analysis.prv import Domain, compose_heterogeneous, discretize
 
-    total, error, slack = sum(steps for _, _, steps in history), accounting._EPS_ERROR, delta * accounting._DELTA_ERROR
-    if slack < 4 * np.finfo(float).eps * total:
-        raise ArithmeticError(f"delta is within the rounding errors of {total} convolutions")
-    tails = [_by_renyi(history, slack / 4), error]
-    tails += [_by_renyi(((sigma, q, 1),), slack / (8 * total)) for sigma, q, _ in history]
-    loss, mesh = max(tails) + 3, error / math.sqrt(total * math.log(12 / slack) / 2)
-    if not loss <= accounting._LOSS_MAX or 2 * loss / mesh > accounting._GRID_MAX:
-        raise MemoryError(f"privacy losses up to {loss:.3g} in steps of {mesh:.3g} do not fit")
+    total, slack = sum(steps for _, _, steps in history), delta * DELTA_ERROR
+    tails = [replaced_by_renyi(history, slack / 4), EPS_ERROR]
+    tails += [replaced_by_renyi(((sigma, q, 1),), slack / (8 * total)) for sigma, q, _ in history]
+    loss, mesh = loss_grid(tails, total, slack)
     domain = Domain.create_aligned(-loss, loss, mesh)
     steps = [discretize(_Loss(sigma, q, loss), domain) for sigma, q, _ in history]
     composed = compose_heterogeneous(steps, [count for _, _, count in history])
-    return float(composed.compute_epsilon(delta, slack, error)[2])
+    return float(composed.compute_epsilon(delta, slack, EPS_ERROR)[2])

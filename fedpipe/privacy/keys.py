@@ -9,6 +9,7 @@ import contextlib
 import os
 import stat
 from pathlib import Path
+from typing import NoReturn, SupportsIndex
 
 from fedpipe.errors import PrivacyError, StateError
 from fedpipe.files import storage, sync_directory
@@ -16,9 +17,30 @@ from fedpipe.files import storage, sync_directory
 KEY_BYTES = 32
 
 
-def new_key() -> bytes:
+class Key(bytes):
+    """A key that does not show itself: not in a log line, a traceback with locals or the print of an object.
+
+    It is the same bytes to whatever computes with it. It cannot be pickled or copied by `copy`, so it
+    cannot get into a cache, a queue between processes or a workflow engine's results by accident.
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "<key>"
+
+    __str__ = __repr__
+
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError("a key is not pickled")
+
+
+def new_key() -> Key:
     """Return 32 fresh bytes from the operating system's generator."""
-    return os.urandom(KEY_BYTES)
+    return Key(os.urandom(KEY_BYTES))
 
 
 def write_key(path: Path, key: bytes) -> None:
@@ -53,7 +75,7 @@ def write_key(path: Path, key: bytes) -> None:
         sync_directory(path.parent)
 
 
-def read_key(path: Path) -> bytes:
+def read_key(path: Path) -> Key:
     """Read a key that `write_key` wrote.
 
     Raises
@@ -82,7 +104,7 @@ def read_key(path: Path) -> bytes:
                 f"{path}: its mode is {mode:04o}, so that others may have read the key of the noise; expected 0600. "
                 "If nobody did, run: chmod 600 on it"
             )
-        key = file.read(KEY_BYTES + 1)
+        key = Key(file.read(KEY_BYTES + 1))
     if len(key) != KEY_BYTES:
         raise StateError(
             f"{path}: holds {status.st_size} bytes, expected {KEY_BYTES}: its write was interrupted or it was changed; "

@@ -29,24 +29,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpipe.errors import PrivacyError, StateError, nearest
+from fedpipe.errors import PrivacyError, StateError
 from fedpipe.files import canonical_json, storage, sync_directory
-from fedpipe.privacy.accounting import Entry, check_entry, epsilon, epsilon_prv, epsilon_rdp, merge
+from fedpipe.privacy.accounting import ADD_REMOVE, Entry, check_entry, epsilon, epsilon_prv, epsilon_rdp, merge
+from fedpipe.privacy.distributed import MECHANISM
+from fedpipe.privacy.neighbours import adjacency_of, neighbours
 
 log = logging.getLogger(__name__)
 
 Release = tuple[str, int, int, str]
 
 FORMAT = 1
-ADJACENCY = {
-    "record": "add/remove one record of one client",
-    "client": "add/remove one client with all its records",
-}
+GAUSSIAN = "poisson-gaussian"
+RENYI_ONLY = frozenset({MECHANISM})  # mechanisms of which the effective sigma holds at every Rényi order, and no more
+EVERY = "every client"  # whose line a noisy sum over all clients is, with unit `client`
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """One noisy step of one client: a Gaussian mechanism on a Poisson sample.
+    """One noisy step of one client: a Gaussian mechanism on a Poisson sample, or what is as good as one.
 
     `query` is the digest of all that defines what is released: settings, data, code, and an
     identity of the key (`noise.key_id`), since under a new key the same step is a new release.
@@ -58,7 +59,7 @@ class LedgerEntry:
     sigma: float
     q: float
     query: str
-    mechanism: str = "poisson-gaussian"
+    mechanism: str = GAUSSIAN
 
     def __post_init__(self) -> None:
         for name, kind in _KINDS:
@@ -69,6 +70,10 @@ class LedgerEntry:
             if type(value) is not kind:
                 raise PrivacyError(f"ledger entry: {name} is {value!r}; expected {kind.__name__}")
         check_entry(self.sigma, self.q, 1)
+        if self.mechanism not in (GAUSSIAN, *RENYI_ONLY):
+            raise PrivacyError(f"ledger entry: the mechanism '{self.mechanism}' is not known, nor what it spends")
+        if self.mechanism in RENYI_ONLY and self.q != 1:
+            raise PrivacyError(f"ledger entry: {self.mechanism} has no amplification by sampling; found q {self.q}")
 
     @property
     def release(self) -> Release:
@@ -97,8 +102,8 @@ class Ledger:
     ----------
     path
         The file. With a `run_id` it is made where there is none; without, it must be there.
-    run_id, unit
-        What the header says; the ledger of another run or unit is refused.
+    run_id, unit, adjacency
+        What the header says; the ledger of another run, unit or adjacency is refused.
 
     Raises
     ------
@@ -110,7 +115,9 @@ class Ledger:
         A line does not parse or does not chain, or the header is not as asked.
     """
 
-    def __init__(self, path: Path, run_id: str | None = None, unit: str = "record") -> None:
+    def __init__(
+        self, path: Path, run_id: str | None = None, unit: str = "record", adjacency: str = ADD_REMOVE
+    ) -> None:
         self.path = path
         self.header: dict[str, Any] = {}
         self._mutex = threading.RLock()
@@ -119,14 +126,19 @@ class Ledger:
         if run_id is None:
             self._refresh()
             return
-        if unit not in ADJACENCY:
-            raise PrivacyError(f"ledger: unit '{unit}' spends no privacy; {nearest(unit, ADJACENCY)}")
-        header = {"format": FORMAT, "run_id": run_id, "unit": unit, "adjacency": ADJACENCY[unit]}
+        if (words := neighbours(unit, adjacency)) is None:
+            raise PrivacyError(f"ledger: unit '{unit}' spends no privacy and has no ledger")
+        header = {"format": FORMAT, "run_id": run_id, "unit": unit, "adjacency": words}
         _create(path, _seal(header)[0])
         self._refresh()
         if self.header != header:
             found, expected = canonical_json(self.header), canonical_json(header)
             raise PrivacyError(f"{path}: is the ledger of {found}; expected {expected}")
+
+    @property
+    def adjacency(self) -> str:
+        """How neighbours differ, as the header says: `add-remove` or `replace-one`."""
+        return adjacency_of(self.header["adjacency"])
 
     def append(self, entries: Sequence[LedgerEntry]) -> None:
         """Put entries on disk, in one write and one fsync, before the steps that they stand for run.
@@ -164,6 +176,12 @@ class Ledger:
                 self._refresh()
                 return self._spent_by(client)
         return merge((e.sigma, e.q, 1) for e in self.entries(client) if e.round <= through_round)
+
+    def by_renyi_only(self, client: str) -> bool:
+        """Say whether a client's history may be accounted by RDP only (see `RENYI_ONLY`)."""
+        with self._mutex:
+            self._refresh()
+            return client in self._renyi_only
 
     def histories(self) -> set[tuple[Entry, ...]]:
         """Return the different histories that clients have."""
@@ -251,6 +269,7 @@ class Ledger:
         self._clients: dict[str, list[LedgerEntry]] = {}
         self._rounds: dict[tuple[int, str], list[LedgerEntry]] = {}
         self._spent: dict[str, Counter[tuple[float, float]]] = {}
+        self._renyi_only: set[str] = set()
 
     def _spent_by(self, client: str) -> tuple[Entry, ...]:
         return tuple((sigma, q, steps) for (sigma, q), steps in sorted(self._spent.get(client, {}).items()))
@@ -302,6 +321,8 @@ class Ledger:
     def _take_header(self, value: dict[str, Any], claimed: str) -> None:
         if value.get("format") != FORMAT or set(value) != {"format", "run_id", "unit", "adjacency"}:
             raise ValueError(f"expected the header of a ledger of format {FORMAT}")
+        if value["adjacency"] != neighbours(value["unit"], adjacency_of(value["adjacency"])):
+            raise ValueError(f"the adjacency '{value['adjacency']}' is not one of unit '{value['unit']}'")
         self.header, self._genesis = value, claimed
 
     def _take_entry(self, value: dict[str, Any], claimed: str) -> None:
@@ -319,6 +340,8 @@ class Ledger:
         self._clients.setdefault(entry.client, []).append(entry)
         self._rounds.setdefault((entry.round, entry.query), []).append(entry)
         self._spent.setdefault(entry.client, Counter())[entry.sigma, entry.q] += 1
+        if entry.mechanism in RENYI_ONLY:
+            self._renyi_only.add(entry.client)
 
     def _fresh(self, entries: Sequence[LedgerEntry]) -> list[LedgerEntry]:
         """Return the entries whose releases are not there yet, each once."""
@@ -377,11 +400,13 @@ def summary(
     ledger: Ledger | None,
     delta: float,
     accountant: str,
-    sizes: Mapping[str, int],
+    sizes: Mapping[str, int | None],
     *,
     dp_valid: bool,
     unit: str = "record",
+    adjacency: str = ADD_REMOVE,
     sampling_rates: Mapping[str, float] | None = None,
+    groups: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return what `reports/ledger.json` holds: per client, and for the run, what was spent.
 
@@ -390,38 +415,44 @@ def summary(
     ledger
         None where `unit` is `none`; epsilons are then null.
     sizes
-        Records of every client of the federation, also of those that took no step.
+        Records of every client of the federation, also of those that took no step. With unit
+        `client` the one entry is `EVERY`, without a number.
     dp_valid
         Whether the guarantee holds: the noise was secret, and private.
     sampling_rates
         The planned rate of each client; without it, the largest one in the ledger.
+    groups
+        Groups of every client, where they are the unit.
 
     Raises
     ------
     PrivacyError
-        The ledger has a client that `sizes` has not, or another unit.
+        The ledger has a client that `sizes` has not, or another unit or adjacency.
     """
-    private = unit != "none"
-    if private and (ledger is None or ledger.header["unit"] != unit):
-        raise PrivacyError(f"ledger: expected one of unit '{unit}'")
+    private, words = unit != "none", neighbours(unit, adjacency)
+    if private and (ledger is None or (ledger.header["unit"], ledger.header["adjacency"]) != (unit, words)):
+        raise PrivacyError(f"ledger: expected one of unit '{unit}', {words}")
     strangers = sorted(set(ledger.clients() if ledger else ()) - set(sizes))
     if strangers:
         raise PrivacyError(f"ledger: has the client '{strangers[0]}', which the partition has not")
     clients: dict[str, dict[str, Any]] = {}
     for client in sorted(sizes):
         history = ledger.history(client) if ledger else ()  # each different one is accounted once, and kept
+        prv = epsilon_rdp if ledger and ledger.by_renyi_only(client) else epsilon_prv
+        by = "rdp" if prv is epsilon_rdp else accountant
         clients[client] = {
             "records": sizes[client],
+            **({} if groups is None else {"groups": groups[client]}),
             "sampling_rate": (sampling_rates or {}).get(client, max((q for _, q, _ in history), default=None)),
             "entries": [list(entry) for entry in history],
             "participations": ledger.participations(client) if ledger else 0,
-            "epsilon_prv": epsilon_prv(history, delta) if private else None,
-            "epsilon_rdp": epsilon_rdp(history, delta) if private else None,
-            "epsilon": epsilon(history, delta, accountant) if private else None,
+            "epsilon_prv": prv(history, delta, adjacency) if private else None,
+            "epsilon_rdp": epsilon_rdp(history, delta, adjacency) if private else None,
+            "epsilon": epsilon(history, delta, by, adjacency) if private else None,
         }
     return {
         "unit": unit,
-        "adjacency": ADJACENCY.get(unit),
+        "adjacency": words,
         "delta": delta,
         "accountant": accountant,
         "epsilon_max": max((c["epsilon"] for c in clients.values()), default=0.0) if private else None,

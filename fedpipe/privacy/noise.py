@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
 from fedpipe.errors import PrivacyError
-from fedpipe.privacy.keys import check_key
+from fedpipe.privacy.keys import Key, check_key
 from fedpipe.privacy.normals import CHUNK, WORDS, BoxMuller
 
 _DOMAIN = b"fedpipe keyed stream 1\0"
@@ -34,7 +34,7 @@ _STREAM_BYTES = 2**32 * 64  # ChaCha20 counts blocks of 64 bytes in 32 bits; bey
 _ZEROS = memoryview(bytes(8 * WORDS * CHUNK))  # what is encrypted to get the keystream itself
 
 
-def client_key(run_key: bytes, client: str) -> bytes:
+def client_key(run_key: bytes, client: str) -> Key:
     """Derive the key of one client, which tells nothing about the run's key or another client's."""
     return _derive(run_key, _context("client", client))
 
@@ -201,9 +201,9 @@ def _check_std(std: float, owner: str) -> None:
         raise PrivacyError(f"noise of {owner}: found standard deviation {std}; expected a finite number, 0 or above")
 
 
-def _derive(key: bytes, context: bytes) -> bytes:
+def _derive(key: bytes, context: bytes) -> Key:
     check_key(key)
-    return hmac.digest(key, _DOMAIN + context, hashlib.sha256)
+    return Key(hmac.digest(key, _DOMAIN + context, hashlib.sha256))
 
 
 def _keystream(key: bytes, block: int = 0) -> CipherContext:

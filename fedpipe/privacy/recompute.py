@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedpipe.errors import PrivacyError, StateError
-from fedpipe.files import read_json
+from fedpipe.files import file_digest, read_sealed
 from fedpipe.privacy.accounting import Entry, epsilon_prv, epsilon_rdp
-from fedpipe.privacy.ledger import ADJACENCY, open_ledger
+from fedpipe.privacy.ledger import Ledger, open_ledger
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Verified:
     path: Path
     run_id: str
     unit: str
-    adjacency: str | None
+    adjacency: str
     delta: float
     promised: tuple[float, str] | None
     entries: int
@@ -89,13 +90,12 @@ def verify_ledger(path: Path, delta: float | None = None) -> Verified:
         raise PrivacyError(
             f"{path}: delta is not known without the run's plan.json beside it; give --delta, such as 1e-5"
         )
-    clients = tuple(_spent(client, ledger.history(client), delta) for client in sorted(ledger.clients()))
-    unit = ledger.header["unit"]
+    clients = tuple(_spent(ledger, client, delta) for client in sorted(ledger.clients()))
     return Verified(
         path=path,
         run_id=ledger.header["run_id"],
-        unit=unit,
-        adjacency=ADJACENCY.get(unit),
+        unit=ledger.header["unit"],
+        adjacency=ledger.header["adjacency"],
         delta=delta,
         promised=(plan["epsilon"], plan["accountant"]) if delta == plan.get("delta") else None,
         entries=len(ledger.entries()),
@@ -104,9 +104,20 @@ def verify_ledger(path: Path, delta: float | None = None) -> Verified:
     )
 
 
-def _plan(path: Path) -> dict[str, object]:
-    return read_json(path) if path.exists() else {}
+def _plan(path: Path) -> dict[str, Any]:
+    """Return the plan that lies beside a ledger, which must be the one that its run began with."""
+    if not path.exists():
+        return {}
+    info, found = path.with_name("run.json"), read_sealed(path)
+    if info.exists() and read_sealed(info).get("plan_sha256") != file_digest(path):
+        raise PrivacyError(f"{path}: is not the plan that the run began with; what was promised is not known")
+    return found
 
 
-def _spent(client: str, history: tuple[Entry, ...], delta: float) -> Spent:
-    return Spent(client, history, epsilon_prv(history, delta), epsilon_rdp(history, delta))
+def _spent(ledger: Ledger, client: str, delta: float) -> Spent:
+    """Return what a client spent; where a mechanism is known by its Rényi divergences only, by RDP in both places."""
+    history = ledger.history(client)
+    rdp = epsilon_rdp(history, delta, ledger.adjacency)
+    return Spent(
+        client, history, rdp if ledger.by_renyi_only(client) else epsilon_prv(history, delta, ledger.adjacency), rdp
+    )

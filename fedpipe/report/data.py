@@ -29,6 +29,7 @@ _NEEDED = {
     "run.json": ("run_id", "method", "settings", "dp_valid", "clients_by_round"),
     "evaluation.json": ("accuracy", "loss", "records", "confusion", "recall"),
     "manifest.json": ("labels", "clients", "test"),
+    "audit.json": ("run_id", "violated", "epsilon_lower", "epsilon_claimed", "scores", "membership"),
 }
 
 
@@ -44,6 +45,8 @@ class ReportData:
         One dictionary per row of `rounds.csv`; an empty cell is None. Row 0 is the start model.
     evaluation : dict or None
         The final evaluation of the exported adapter, where there was one.
+    audit : dict or None
+        What `fedpipe audit` found last, of these settings or of others.
     """
 
     metrics: dict[str, Any]
@@ -52,6 +55,7 @@ class ReportData:
     manifest: dict[str, Any]
     rounds: list[dict[str, float | None]]
     evaluation: dict[str, Any] | None = None
+    audit: dict[str, Any] | None = None
 
     @property
     def without_dp(self) -> bool:
@@ -142,7 +146,7 @@ def load(project: Project) -> ReportData:
         A file is missing, is damaged, or lacks a key.
     """
     reports = project.reports
-    evaluation = reports / "evaluation.json"
+    evaluation, audit = reports / "evaluation.json", reports / "audit.json"
     return ReportData(
         metrics=_read(reports / "metrics.json"),
         ledger=_read(reports / "ledger.json"),
@@ -150,6 +154,7 @@ def load(project: Project) -> ReportData:
         manifest=_read(project.partition / "manifest.json"),
         rounds=_read_rounds(reports / "rounds.csv"),
         evaluation=_read(evaluation) if evaluation.exists() else None,
+        audit=_read(audit) if audit.exists() else None,
     )
 
 

@@ -65,8 +65,10 @@ def privacy(data: ReportData) -> Figure | None:
     return figure
 
 
-def partition(data: ReportData) -> Figure:
+def partition(data: ReportData) -> Figure | None:
     """How many records of each label every client holds."""
+    if data.ledger["unit"] == "client":
+        return None  # it is what is protected
     clients, labels = data.manifest["clients"], [str(label) for label in data.manifest["labels"]]
     counts = np.array([[client["histogram"].get(label, 0) for label in labels] for client in clients])
     names, counts = _fold_labels(labels, counts)

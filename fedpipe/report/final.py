@@ -14,7 +14,7 @@ import torch
 from fedpipe.client.batching import Budget, micro_batches
 from fedpipe.data.federation import Federation
 from fedpipe.errors import StateError
-from fedpipe.files import read_json, write_json
+from fedpipe.files import file_digest, inside, read_json, write_json
 from fedpipe.models.loading import adapter_task, load_adapter
 from fedpipe.models.source import open_backbone
 from fedpipe.models.task import load_tokenizer
@@ -33,7 +33,9 @@ def evaluate_adapter(project: Project) -> dict[str, Any]:
     """
     if not (project.adapter / "adapter_config.json").exists() or not (project.reports / "run.json").exists():
         raise StateError(f"{project.adapter}: no trained adapter here; run `fedpipe run` or `dvc repro` first")
-    settings = read_json(project.reports / "run.json")["settings"]
+    facts = read_json(project.reports / "run.json")
+    _check_adapter(project, facts)
+    settings = facts["settings"]
     federation = Federation.open(project.partition)
     backbone = open_backbone(project.backbone, settings["model.backbone"])
     task = adapter_task(project.adapter)
@@ -51,6 +53,17 @@ def evaluate_adapter(project: Project) -> dict[str, Any]:
     evaluation = _summary(federation.labels, confusion, loss)
     write_json(project.reports / "evaluation.json", evaluation)
     return evaluation
+
+
+def _check_adapter(project: Project, facts: Any) -> None:
+    """Refuse an adapter that is not the one that the run published, or reports that do not say."""
+    known = facts.get("adapter") if isinstance(facts, dict) and isinstance(facts.get("settings"), dict) else None
+    if not isinstance(known, dict) or "adapter_model.safetensors" not in known:
+        raise StateError(f"{project.reports / 'run.json'}: does not name the adapter's files; run `fedpipe run` again")
+    for name, expected in known.items():
+        path = inside(project.adapter, name)
+        if not path.is_file() or file_digest(path) != expected:
+            raise StateError(f"{path}: is not what the run published; run `fedpipe run` again")
 
 
 def _summary(labels: tuple[str, ...], confusion: np.ndarray, loss: float) -> dict[str, Any]:

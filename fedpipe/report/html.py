@@ -49,6 +49,7 @@ class Spending:
     participations: int | None
     epsilon_prv: float | None
     epsilon_rdp: float | None
+    groups: int | None = None
 
 
 def render(data: ReportData) -> str:
@@ -143,6 +144,7 @@ def _spending(data: ReportData) -> list[Spending]:
                 participations=entry.get("participations"),
                 epsilon_prv=entry.get("epsilon_prv"),
                 epsilon_rdp=entry.get("epsilon_rdp"),
+                groups=entry.get("groups"),
             )
         )
     return table

@@ -17,6 +17,8 @@ from rich.text import Text
 
 from fedpipe.report import numbers
 
+_DIAGNOSTICS = "training losses are recorded (privacy.diagnostics), and no epsilon covers them"
+
 
 @dataclass(frozen=True)
 class RunHeader:
@@ -30,6 +32,10 @@ class RunHeader:
         Rounds that an earlier process finished; above 0 the run is resumed.
     epsilon_target : float or None
         None without differential privacy.
+    adjacency : str or None
+        How neighbouring data sets differ, for which an epsilon holds.
+    diagnostics : bool
+        Training losses are recorded, which no epsilon covers.
     """
 
     run_id: str
@@ -40,11 +46,15 @@ class RunHeader:
     epsilon_target: float | None
     device: str
     dp_valid: bool
+    adjacency: str | None = None
+    diagnostics: bool = False
 
 
 def header_lines(header: RunHeader) -> list[str]:
     """Return the lines that stand before the first round."""
     privacy = "no privacy" if header.epsilon_target is None else f"epsilon at most {header.epsilon_target:g}"
+    if header.adjacency is not None:
+        privacy = f"{privacy} ({header.adjacency})"
     rounds, clients = _plural(header.rounds, "round"), _plural(header.clients, "client")
     lines = [f"run {header.run_id}: {header.method}, {clients}, {rounds}, {privacy}, on {header.device}"]
     if header.completed_rounds >= header.rounds:
@@ -53,6 +63,8 @@ def header_lines(header: RunHeader) -> list[str]:
         lines.append(f"resumed from round {header.completed_rounds + 1}: {header.completed_rounds} done before")
     if not header.dp_valid:
         lines.append(f"NOT PRIVATE: {_why_not_private(header)}")
+    if header.diagnostics:
+        lines.append(f"DIAGNOSTICS: {_DIAGNOSTICS}")
     return lines
 
 
@@ -74,12 +86,21 @@ def round_line(
     return "  ".join(parts).rstrip()
 
 
+def cost_line(header: RunHeader | None, round: int, before: float, after: float) -> str:
+    """Return the line before a round: the largest epsilon of its clients without it, and with it."""
+    rounds = str(header.rounds) if header else "?"
+    taken = f"epsilon {numbers.epsilon(before)}, with it {numbers.epsilon(after)}"
+    return f"before round {round:>{len(rounds)}}/{rounds}  {taken} (largest of its clients)"
+
+
 def summary_rows(header: RunHeader | None, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the (name, value) pairs of the summary, in the order in which they are shown."""
     get = summary.get
     rows = [("run", header.run_id if header else str(get("run_id", numbers.NONE)))]
     if get("dp_valid") is not True:
         rows.append(("privacy", f"NOT PRIVATE: {_why_not_private(header)}"))
+    if get("diagnostics"):
+        rows.append(("diagnostics", _DIAGNOSTICS))
     share, worst = numbers.number(get("majority_share")), get("accuracy_worst")
     own = "" if worst is None else f"mean of the clients' own models, the worst {numbers.number(worst)}; "
     rows += [
@@ -90,10 +111,16 @@ def summary_rows(header: RunHeader | None, summary: Mapping[str, Any]) -> list[t
         both = f"{numbers.epsilon(get('epsilon_max'))}, by RDP {numbers.epsilon(get('epsilon_rdp'))}"
         rows.append(("epsilon", f"{both} (largest of all clients)"))
         rows.append(("delta", numbers.delta(get("delta"))))
+        if get("adjacency") is not None:
+            rows.append(("neighbours", str(get("adjacency"))))
     resumed = f" (resumed from round {header.completed_rounds + 1})" if header and header.completed_rounds else ""
     if header and header.completed_rounds >= header.rounds:
         resumed = " (all done before)"
     rows.append(("rounds", f"{numbers.count(get('rounds'))}{resumed}"))
+    if get("skipped"):
+        rows.append(("skipped", _skipped(get("skipped"))))
+    if get("clients_excluded"):
+        rows.append(("left out", f"{_plural(get('clients_excluded'), 'client')} without budget for some round"))
     rows.append(("time", numbers.duration(get("seconds"))))
     rows.append(("traffic", f"{numbers.size(get('bytes_up'))} up, {numbers.size(get('bytes_down'))} down"))
     for name in ("adapter", "report", "ledger", "run_directory"):
@@ -125,6 +152,11 @@ def _why_not_private(header: RunHeader | None) -> str:
     if header is None or header.epsilon_target is None:
         return "trained without differential privacy (privacy.unit: none)"
     return "the noise is fixed by privacy.test_key, so the epsilon does not hold"
+
+
+def _skipped(rounds: Mapping[str, str]) -> str:
+    numbered, why = ", ".join(rounds), "; ".join(dict.fromkeys(rounds.values()))
+    return f"{_plural(len(rounds), 'round')} ({numbered}), the state carried over: {why}"
 
 
 def _mlflow_rows(mlflow: Mapping[str, Any] | None) -> list[tuple[str, str]]:

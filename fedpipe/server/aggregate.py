@@ -98,7 +98,8 @@ class Aggregation(Part):
     """An aggregation rule, and what can be said of it."""
 
     # Linear in the updates with weights that no update decides: what a sum alone suffices for, so
-    # what secure aggregation and client-level privacy can be had with.
+    # what secure aggregation and client-level privacy can be had with. `add` is then called once, with
+    # the weighted mean of what `bounded` made of the updates.
     linear: ClassVar[bool] = False
     # Its result is a move in the space of the factors, which a server optimiser can take as a gradient.
     in_factors: ClassVar[bool] = True
@@ -113,6 +114,10 @@ class Aggregation(Part):
     def least(self) -> int:
         """The fewest clients of a round that the rule makes sense with."""
         return 1
+
+    def bounded(self, update: State, start: State) -> State:
+        """Return what a client makes of its own update where the server sees the sum only; of linear rules."""
+        return update
 
     @abstractmethod
     def open(self, round: Round, memory: Mapping[str, Tensor]) -> RunningAggregation:

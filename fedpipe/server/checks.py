@@ -40,7 +40,7 @@ def refuse_reason(
     if missing := names - update.keys():
         return f"lacks '{min(missing)}'"
     if unexpected := update.keys() - names:
-        return f"has '{min(unexpected)}', which this round does not train"
+        return f"has {ascii(min(unexpected))[:80]}, which this round does not train"
     for spec in expected:
         tensor = update[spec.name]
         if tuple(tensor.shape) != spec.shape:

@@ -157,6 +157,13 @@ class NormBound(Aggregation):
     linear = True
     bound: Positive = 1.0
 
+    def bounded(self, update: State, start: State) -> State:
+        length = move_length(update, start)
+        if length <= self.bound:
+            return update
+        moves = {name: tensor.double() - start[name].double() for name, tensor in update.items()}
+        return {name: start[name].double() + self.bound / length * move for name, move in moves.items()}
+
     def open(self, round: Round, memory: Mapping[str, Tensor]) -> RunningNormBound:
         return RunningNormBound(self, round)
 
@@ -170,12 +177,7 @@ class RunningNormBound(RunningAggregation):
         self._mean = RunningMean(round.start)
 
     def add(self, client: str, update: State, weight: float) -> None:
-        length = move_length(update, self._start)
-        if length > self.rule.bound:
-            moves = {name: tensor.double() - self._start[name].double() for name, tensor in update.items()}
-            share = self.rule.bound / length
-            update = {name: self._start[name].double() + share * move for name, move in moves.items()}
-        self._mean.add(client, update, weight)
+        self._mean.add(client, self.rule.bounded(update, self._start), weight)
 
     def result(self) -> Outcome:
         return self._mean.result()

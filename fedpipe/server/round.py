@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from fedpipe.errors import TrainingError
+from fedpipe.errors import PrivacyError, TrainingError
 from fedpipe.methods import Method
 from fedpipe.models.factors import GlobalState, State
 from fedpipe.models.lora import TensorSpec
-from fedpipe.server.aggregate import Round, RunningMean
+from fedpipe.server.aggregate import Outcome, Round, RunningMean
 from fedpipe.server.checks import refuse_reason
 from fedpipe.server.weights import Readers, normalised
 
@@ -39,6 +39,22 @@ class Updates:
     read: Readers
     started: Mapping[str, State] = field(default_factory=dict)
     shares: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Total:
+    """What secure aggregation leaves of a round's updates.
+
+    Attributes
+    ----------
+    moves : name -> the weighted sum of how far the clients moved from the round's start, float64
+    weight : the sum of their weights
+    clients : those in the sum, in order of their names
+    """
+
+    moves: State
+    weight: int
+    clients: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -93,12 +109,71 @@ def server_round(
             break
         refused |= found
         readers = {name: read for name, read in readers.items() if name not in refused}
-    outcome = rule.result()
+    used, mean = len(readers), extras.result().adapter
+    return _next(method, round, previous, memory, rule.result(), mean, weights, refused, used, clients, weight)
+
+
+def sum_round(
+    method: Method,
+    round: Round,
+    previous: GlobalState,
+    memory: Mapping[str, Tensor],
+    total: Total,
+    clients: int,
+    weight: Callable[[str], Tensor],
+) -> Result:
+    """Make the next global state of the sum of a round's moves; no update is reached, or needed.
+
+    To a linear rule with public weights the mean of all is as good as all of them. Parameters
+    are as of `server_round`, `total` in the place of the updates.
+    """
+    weights = method.weights.of(dict.fromkeys(total.clients, _not_there), round)
+    rule = method.aggregation.open(round, _part(memory, "rule"))
+    start = {name: round.start[name].double() if name in round.start else 0.0 for name in total.moves}
+    rule.add("all", {name: start[name] + move / total.weight for name, move in total.moves.items()}, 1.0)
+    used = len(total.clients)
+    return _next(method, round, previous, memory, rule.result(), {}, weights, {}, used, clients, weight)
+
+
+def released_round(
+    method: Method,
+    round: Round,
+    previous: GlobalState,
+    memory: Mapping[str, Tensor],
+    adapter: State,
+    clients: int,
+    weight: Callable[[str], Tensor],
+) -> Result:
+    """Make the next global state of a mean that was made elsewhere: it has no weights, and nothing beside it.
+
+    Parameters are as of `server_round`, the new values of the tensors that were sent in the place of the updates.
+    """
+    return _next(method, round, previous, memory, Outcome(adapter), {}, {}, {}, clients, clients, weight)
+
+
+def _not_there() -> State:
+    raise PrivacyError("an update was asked for where the server is handed the sum only")
+
+
+def _next(
+    method: Method,
+    round: Round,
+    previous: GlobalState,
+    memory: Mapping[str, Tensor],
+    outcome: Outcome,
+    extras: State,
+    weights: dict[str, float],
+    refused: dict[str, str],
+    used: int,
+    clients: int,
+    weight: Callable[[str], Tensor],
+) -> Result:
+    """Step from a rule's outcome, and the plain mean of `used` clients' extras, to the next state."""
     sent = [spec for spec in round.sent if spec.name in outcome.adapter]
     stepped, moments = method.server.step(round.start, outcome.adapter, _part(memory, "server"), sent)
     outcome = replace(outcome, adapter=stepped)
     state = method.initialisation.next(previous, outcome, round, weight)
-    control = method.objective.remember(_part(memory, "objective"), extras.result().adapter, len(readers), clients)
+    control = method.objective.remember(_part(memory, "objective"), extras, used, clients)
     down = method.initialisation.down(previous, state, outcome, round) + sum(
         tensor.numel() for tensor in method.objective.down(control, state.adapter).values()
     )

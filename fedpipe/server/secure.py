@@ -36,6 +36,10 @@ from fedpipe.server.shamir import SHARE_BYTES, combine, draw, split
 _NONCE = bytes(12)  # each key seals one message
 
 
+class TooFewClientsError(PrivacyError):
+    """Fewer clients than the threshold took a step of the protocol, so no sum was opened."""
+
+
 @dataclass(frozen=True)
 class Advert:
     """Step 1: a client's public keys, for sealing shares and for agreeing on pair masks."""
@@ -287,9 +291,9 @@ def secure_sum(
 
 def _check_enough(terms: Terms, clients: Collection[str], did: str) -> None:
     if len(clients) < terms.threshold:
-        raise PrivacyError(
+        raise TooFewClientsError(
             f"secure aggregation, round {terms.round}: {len(clients)} of {len(terms.clients)} clients {did}; "
-            f"expected {terms.threshold} or more, or the sum cannot be opened; lower the threshold or ask more clients"
+            f"expected {terms.threshold} or more, or the sum cannot be opened"
         )
 
 

@@ -12,13 +12,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fedpipe.state import Run
 from fedpipe.steps.aggregating import aggregate, finish_round
 from fedpipe.steps.beginning import begin_round
 from fedpipe.steps.evaluating import evaluate_round
 from fedpipe.steps.preparing import prepare
+from fedpipe.steps.summing import sum_updates
 from fedpipe.steps.training import train
 
-__all__ = ["aggregate", "begin_round", "evaluate_round", "finish_round", "prepare", "run_round", "train"]
+__all__ = [
+    "aggregate",
+    "begin_round",
+    "evaluate_round",
+    "finish_round",
+    "prepare",
+    "run_round",
+    "sum_updates",
+    "train",
+]
 
 
 def run_round(run_dir: Path, round: int) -> dict[str, Any]:
@@ -26,6 +37,8 @@ def run_round(run_dir: Path, round: int) -> dict[str, Any]:
     started = time.monotonic()
     plan = begin_round(run_dir, round)
     cohorts = [train(run_dir, round, cohort) for cohort in range(len(plan["cohorts"]))]
+    if cohorts and Run(run_dir).settings.federation.secure_aggregation:
+        cohorts = [sum_updates(run_dir, round, cohorts)]
     aggregated = aggregate(run_dir, round, cohorts)
     metrics = evaluate_round(run_dir, round, aggregated)
     return finish_round(run_dir, round, aggregated, metrics, time.monotonic() - started)

@@ -8,25 +8,38 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.budget import check_round_spent, epsilon_so_far
-from fedpipe.errors import StateError
-from fedpipe.files import read_json, read_tensors, write_json, write_tensors
-from fedpipe.models.lora import TensorSpec
+from fedpipe.files import inside, read_sealed, read_tensors, write_sealed, write_tensors
 from fedpipe.server.ranks import numel
-from fedpipe.server.round import Updates, server_round
+from fedpipe.server.round import Updates, server_round, sum_round
 from fedpipe.state import Run
 from fedpipe.steps.beginning import round_decision
-from fedpipe.steps.common import round_facts
+from fedpipe.steps.common import all_listed, round_facts, sent_specs
+from fedpipe.steps.diagnostics import diagnostics_of
+from fedpipe.steps.drawing import forget_work
+from fedpipe.steps.outbox import empty
+from fedpipe.steps.releasing import expected_traffic, release
+from fedpipe.steps.skipping import carried
+from fedpipe.steps.summing import read_sum
 from fedpipe.workspace import Workspace, open_workspace
 
 
 def aggregate(run_dir: Path, round: int, cohorts: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    """Check the updates of all cohorts and aggregate them; return what the round's record takes from it."""
+    """Check the updates of all cohorts and aggregate them; return what the round's record takes from it.
+
+    With secure aggregation the one thing listed is what `sum_updates` returned.
+    """
     run, workspace = open_workspace(run_dir)
-    directory, method, model = run.round_dir(round), workspace.method, workspace.model
-    round_plan = read_json(directory / "plan.json")
-    listed = _all_listed(directory, round_plan, cohorts)
-    before = run.state(round - 1)
-    facts = round_facts(run, workspace, round, _sent(run, workspace, round, round_plan), round_plan["ranks"], before)
+    directory, method, model = run.work_dir(round), workspace.method, workspace.model
+    round_plan = read_sealed(directory / "plan.json")
+    if round_plan["skipped"]:
+        return carried(run, round)
+    if run.plan.central is not None:
+        return release(run_dir, round, cohorts)
+    if run.settings.federation.secure_aggregation:
+        return _aggregate_sum(run, workspace, round, round_plan, cohorts[0])
+    listed = all_listed(directory, round_plan, cohorts)
+    before, sent = run.state(round - 1), sent_specs(run, workspace, round, round_plan)
+    facts = round_facts(run, workspace, round, sent, round_plan["ranks"], before)
     updates = _updates(run, workspace, round, round_plan, listed)
     memory, total = run.memory(round - 1), len(run.plan.clients)
     result = server_round(method, facts, before, memory, updates, total, model.frozen_weight)
@@ -48,25 +61,31 @@ def aggregate(run_dir: Path, round: int, cohorts: Sequence[Mapping[str, str]]) -
     }
 
 
-def _all_listed(
-    directory: Path, round_plan: Mapping[str, Any], cohorts: Sequence[Mapping[str, str]]
-) -> dict[str, dict[str, Any]]:
-    """Return what the cohorts list, in order of the clients' names; all of it, and of this plan."""
-    listed: dict[str, dict[str, Any]] = {}
-    for cohort in cohorts:
-        listing = read_json(directory / cohort["file"], cohort["sha256"])
-        if listing["query"] != round_plan["query"]:
-            raise StateError(f"{directory / cohort['file']}: is of an earlier plan of this round; run again")
-        listed |= listing["updates"]
-    if sorted(listed) != sorted(client for members in round_plan["cohorts"] for client in members):
-        raise StateError(f"{directory}: the updates of round {round_plan['round']} are not all there; run again")
-    return dict(sorted(listed.items()))
-
-
-def _sent(run: Run, workspace: Workspace, round: int, round_plan: Mapping[str, Any]) -> list[TensorSpec]:
-    """Return what clients send in a round: all what those send that take most local steps."""
-    specs = [spec for spec in workspace.model.specs if spec.name in workspace.trained]
-    return workspace.method.sends(specs, round, run.plan.local_steps, round_plan["modes"])
+def _aggregate_sum(
+    run: Run, workspace: Workspace, round: int, round_plan: Mapping[str, Any], entry: Mapping[str, str]
+) -> dict[str, Any]:
+    """Aggregate the sum of a round's updates: of one client the server knows its name, and whether it is in the sum."""
+    method, before = workspace.method, run.state(round - 1)
+    total, found = read_sum(run.round_dir(round), round_plan, entry)
+    sent = sent_specs(run, workspace, round, round_plan)
+    facts = round_facts(run, workspace, round, sent, round_plan["ranks"], before)
+    result = sum_round(
+        method, facts, before, run.memory(round - 1), total, len(run.plan.clients), workspace.model.frozen_weight
+    )
+    kept = {name: {"kept": own} for name, own in found["kept"].items()}
+    trained = sorted([*found["survivors"], *found["absent"]])
+    return {
+        "state": write_tensors(run.adapter_path(round), result.state.tensors()),
+        "memory": write_tensors(run.memory_path(round), result.memory) if result.memory else None,
+        "clients": {name: {"weight": result.weights.get(name, 0.0)} for name in trained},
+        "refused": found["absent"],
+        "server": result.metrics,
+        "down": result.down,
+        "ranked": result.ranked,
+        "decisions": _decisions(run, workspace, round, round_plan, {}),
+        "kept": _kept(run, round, kept) if method.stateful else {},
+        "secure_aggregation": found["protocol"],
+    }
 
 
 def _updates(
@@ -81,7 +100,7 @@ def _updates(
     }
     return Updates(
         read={
-            name: functools.partial(read_tensors, directory / listed[name]["file"], listed[name]["sha256"])
+            name: functools.partial(read_tensors, inside(directory, listed[name]["file"]), listed[name]["sha256"])
             for name in names
         },
         started={name: run.adapter(after) for name, after in late.items()},
@@ -121,7 +140,10 @@ def finish_round(
         The ledger holds less than the round spent, or more than the plan allowed.
     """
     run, workspace = open_workspace(run_dir)
-    round_plan = read_json(run.round_dir(round) / "plan.json")
+    path = run.work_dir(round) / "plan.json"
+    if not path.exists() and (known := run.round_record(round)) is not None:
+        return known  # and what it was made of is forgotten
+    round_plan = read_sealed(path)
     if run.plan.private:
         check_round_spent(run, round, round_plan["query"], aggregated["clients"])
     record = {
@@ -129,23 +151,37 @@ def finish_round(
         "query": round_plan["query"],
         **aggregated,
         "metrics": dict(metrics),
-        "excluded": round_plan["excluded"],
+        **{key: round_plan[key] for key in ("cost", "excluded", "skipped")},
+        **diagnostics_of(run, round, round_plan),
         **epsilon_so_far(run),
-        **_traffic(run, workspace, round, round_plan),
-        "seconds": seconds,
+        **_traffic(run, workspace, round, round_plan, aggregated),
+        # How long a round takes tells how many took part.
+        "seconds": seconds if run.plan.central is None else None,
         "simulated_seconds": run.plan.seconds[round - 1],
     }
-    write_json(run.round_dir(round) / "round.json", record)
+    if run.settings.federation.secure_aggregation:
+        empty(run, round)
+    write_sealed(run.round_dir(round) / "round.json", record)
+    forget_work(run, round)
     return record
 
 
-def _traffic(run: Run, workspace: Workspace, round: int, round_plan: Mapping[str, Any]) -> dict[str, int]:
-    """Return the bytes of a round (float32), for clients that followed every round before."""
-    sent, ranks = _sent(run, workspace, round, round_plan), round_plan["ranks"]
+def _traffic(
+    run: Run, workspace: Workspace, round: int, round_plan: Mapping[str, Any], aggregated: Mapping[str, Any]
+) -> dict[str, int]:
+    """Return the bytes of a round (float32), for clients that followed every round before.
+
+    Secure aggregation sends integers of 32 bits, of full rank from every client, and its messages beside them.
+    """
+    if run.plan.central is not None:
+        return expected_traffic(run, workspace, round, round_plan)
+    sent, ranks = sent_specs(run, workspace, round, round_plan), round_plan["ranks"]
     extra = sum(spec.numel for spec in workspace.method.objective.extra_specs(sent))
     clients = [client for members in round_plan["cohorts"] for client in members]
     up = sum(extra + sum(numel(spec, ranks[client]) for spec in sent) for client in clients)
     before = run.round_record(round - 1)
     ranked = [spec for spec in workspace.model.specs if spec.name in before["ranked"]]
     down = sum(before["down"] - sum(spec.numel - numel(spec, ranks[client]) for spec in ranked) for client in clients)
+    if protocol := aggregated.get("secure_aggregation"):
+        return {"bytes_up": protocol["bytes_up"], "bytes_down": 4 * down + protocol["bytes_down"]}
     return {"bytes_up": 4 * up, "bytes_down": 4 * down}

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpipe.budget import check_spent, exhausted
+from fedpipe.budget import check_spent, price_of
 from fedpipe.client.schedule import Decision
-from fedpipe.errors import PrivacyError, StateError
-from fedpipe.files import digest, write_json
+from fedpipe.errors import StateError
+from fedpipe.files import digest, write_sealed
 from fedpipe.privacy.noise import key_id
 from fedpipe.state import Run
 from fedpipe.steps.common import open_unchanged, readable
+from fedpipe.steps.drawing import drawn_cohorts, open_work, shown
+from fedpipe.steps.skipping import skip_reason
 from fedpipe.workspace import Workspace
 
 # Of a cohort's clients, adapters, sums, gradients and moments are in memory at once.
@@ -23,47 +25,62 @@ COHORT_BYTES = 2**31
 def begin_round(run_dir: Path, round: int) -> dict[str, Any]:
     """Decide who trains in a round, from which states, and in which cohorts; return the plan of the round.
 
-    Its keys: `round`, `cohorts` (lists of clients), `query`, `excluded` (client -> reason), `modes` (of
-    the factor schedule), `ranks`, `started` (client -> the round it starts after, where that is not the
-    last one), `unused` (clients whose update comes too late), and `kept` (client -> digest of what it
-    goes on with) and `weights` (client -> how much it counted in the last round).
+    Its keys: `round`, `cohorts` (lists of clients), `query`, `cost` (epsilon before and after, of each
+    client), `excluded` (client -> reason), `skipped` (why there are no cohorts), `modes` (of the factor
+    schedule), `ranks`, `started` (client -> the round it starts after, where that is not the last one),
+    `unused` (clients whose update comes too late), and `kept` (client -> digest of what it goes on with)
+    and `weights` (client -> how much it counted in the last round).
     """
     run, workspace = open_unchanged(run_dir)
-    path = run.round_dir(round) / "plan.json"
+    path = run.work_dir(round) / "plan.json"
     known = readable(path)
     if known is not None and run.round_record(round) is not None:
-        return known
+        return shown(run, known)
     decided = decide(run, workspace, round)
     check_spent(run, round - 1)
     if known is not None and known.get("query") == decided["query"]:
-        return known
-    excluded = exhausted(run, round, decided["query"])
-    participants = [client for client in run.plan.participants[round - 1] if client not in excluded]
-    if not participants:
-        raise PrivacyError(f"round {round}: every client has spent its budget; the state of {round - 1} rounds is kept")
-    for stale in run.round_dir(round).glob("cohort-*.json"):
+        return shown(run, known)
+    open_work(run, round)
+    price, planned = price_of(run, round, decided["query"]), list(run.plan.charged(round))
+    # With unit `client` those planned are one budget, and how many clients a sum has is drawn.
+    summed = run.settings.federation.secure_aggregation and run.plan.central is None
+    skipped = skip_reason(workspace.method, planned, price.excluded, decided["unused"], summed)
+    participants = [] if skipped else [client for client in planned if client not in price.excluded]
+    if run.plan.central is None:
+        cohorts = _cohorts(run, workspace, participants, decided["started"])
+    else:
+        cohorts = [] if skipped else drawn_cohorts(run, round, decided["query"], cohort_size(run, workspace))
+    for stale in path.parent.glob("cohort-*.json"):
         stale.unlink()
     plan = {
         "round": round,
         **decided,
-        "cohorts": _cohorts(run, workspace, participants, decided["started"]),
-        "excluded": excluded,
+        "cohorts": cohorts,
+        "cost": price.to_json(),
+        "excluded": dict(price.excluded),
+        "skipped": skipped,
     }
-    write_json(path, plan)
-    return plan
+    write_sealed(path, plan)
+    return shown(run, plan)
 
 
 def _cohorts(
     run: Run, workspace: Workspace, participants: Sequence[str], started: Mapping[str, int]
 ) -> list[list[str]]:
     """Divide a round's clients into cohorts; those of one start from one state and take equally many local steps."""
-    size = run.settings.runtime.cohort_size
-    if size == "auto":
-        size = max(1, min(MAX_COHORT, COHORT_BYTES // (24 * sum(spec.numel for spec in workspace.model.specs))))
+    size = cohort_size(run, workspace)
     alike: dict[tuple[int, int], list[str]] = {}
     for client in participants:
         alike.setdefault((started.get(client, -1), run.plan.clients[client].local_steps), []).append(client)
     return [group[at : at + size] for _, group in sorted(alike.items()) for at in range(0, len(group), size)]
+
+
+def cohort_size(run: Run, workspace: Workspace) -> int:
+    """Return how many clients are trained together at the most."""
+    size = run.settings.runtime.cohort_size
+    if size == "auto":
+        size = max(1, min(MAX_COHORT, COHORT_BYTES // (24 * sum(spec.numel for spec in workspace.model.specs))))
+    return size
 
 
 def decide(run: Run, workspace: Workspace, round: int) -> dict[str, Any]:
@@ -72,7 +89,7 @@ def decide(run: Run, workspace: Workspace, round: int) -> dict[str, Any]:
     if previous is None:
         raise StateError(f"{run.round_dir(round - 1)}: round {round} needs round {round - 1} to be complete")
     method, plan, memory = workspace.method, run.plan, previous.get("decisions", {})
-    jobs = plan.jobs[round - 1]
+    jobs = plan.jobs_of(round)
     decision = round_decision(run, workspace, round, memory)
     ranks = method.ranks.ranks(tuple(plan.clients), round, plan.rounds, run.settings.lora.rank, memory.get("ranks", {}))
     started = {job.client: job.start for job in jobs if job.start != round - 1}
@@ -108,8 +125,9 @@ def round_decision(run: Run, workspace: Workspace, round: int, memory: Mapping[s
 
 
 def weight_of(run: Run, round: int, client: str) -> float:
-    """Return how much a client counted in the aggregation of a complete round; 0 where it took no part."""
-    return run.round_record(round).get("clients", {}).get(client, {}).get("weight", 0.0)
+    """Return how much a client counted in the last aggregation up to a round; 0 where it took no part."""
+    record = run.round_record(run.last_trained(round))
+    return record.get("clients", {}).get(client, {}).get("weight", 0.0)
 
 
 def _kept_entry(run: Run, round: int, client: str) -> Any:

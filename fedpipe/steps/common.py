@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.errors import StateError
-from fedpipe.files import digest, read_json
+from fedpipe.files import digest, inside, read_json, read_sealed
 from fedpipe.identity import changed_keys, identify
 from fedpipe.models.factors import GlobalState
 from fedpipe.models.lora import TensorSpec
@@ -39,12 +39,12 @@ def open_unchanged(run_dir: Path) -> tuple[Run, Workspace]:
 def readable(path: Path) -> dict[str, Any] | None:
     """Return what a file holds that can be computed again: None where it is missing or damaged."""
     try:
-        value = read_json(path)
+        value = read_sealed(path)
     except StateError as error:
         if path.exists():
             log.warning("%s; it is computed again", error)
         return None
-    return value if isinstance(value, dict) else None
+    return value
 
 
 def round_facts(
@@ -69,3 +69,24 @@ def round_facts(
         records=sizes if workspace.method.weights.uses_sizes else None,
         seed=run.settings.seed,
     )
+
+
+def all_listed(
+    directory: Path, round_plan: Mapping[str, Any], cohorts: Sequence[Mapping[str, str]]
+) -> dict[str, dict[str, Any]]:
+    """Return what the cohorts list, in order of the clients' names; all of it, and of this plan."""
+    listed: dict[str, dict[str, Any]] = {}
+    for cohort in cohorts:
+        listing = read_json(inside(directory, cohort["file"]), cohort["sha256"])
+        if listing["query"] != round_plan["query"]:
+            raise StateError(f"{directory / cohort['file']}: is of an earlier plan of this round; run again")
+        listed |= listing["updates"]
+    if sorted(listed) != sorted(client for members in round_plan["cohorts"] for client in members):
+        raise StateError(f"{directory}: the updates of round {round_plan['round']} are not all there; run again")
+    return dict(sorted(listed.items()))
+
+
+def sent_specs(run: Run, workspace: Workspace, round: int, round_plan: Mapping[str, Any]) -> list[TensorSpec]:
+    """Return what clients send in a round: all what those send that take most local steps."""
+    specs = [spec for spec in workspace.model.specs if spec.name in workspace.trained]
+    return workspace.method.sends(specs, round, run.plan.local_steps, round_plan["modes"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedpipe.client.starts import own_model
 from fedpipe.errors import TrainingError
-from fedpipe.files import content_digest, digest, read_tensors, write_json
+from fedpipe.files import content_digest, digest, read_tensors, write_sealed
 from fedpipe.models.factors import GlobalState
 from fedpipe.server.evaluate import evaluate as metrics_of
 from fedpipe.server.initialisation import Start
@@ -27,8 +27,19 @@ def evaluate_round(run_dir: Path, round: int, aggregated: Mapping[str, Any]) -> 
     run, workspace = open_workspace(run_dir)
     if round % run.settings.evaluation.every and round != run.plan.rounds:
         return {}
+    last = run.last_trained(round)
+    if last < round:
+        return _again(run, workspace, last)
     state = GlobalState.of(read_tensors(run.adapter_path(round), aggregated["state"]))
     return evaluate(run, workspace, round, aggregated["state"], state, aggregated["kept"], aggregated["clients"])
+
+
+def _again(run: Run, workspace: Workspace, last: int) -> dict[str, float]:
+    """Return the metrics of a state that was carried over: those of the round that made it."""
+    record = run.round_record(last)
+    if record["metrics"]:
+        return dict(record["metrics"])
+    return evaluate(run, workspace, last, record["state"], run.state(last), record["kept"], record["clients"])
 
 
 def evaluate(
@@ -56,7 +67,7 @@ def evaluate(
     metrics = _mean_and_worst([measured[name] for name in names.values()])
     if not all(map(math.isfinite, metrics.values())):
         raise TrainingError(f"round {round}: the model diverged, its loss is not finite; lower optimizer.lr or lr_head")
-    write_json(path, {"state": name, "metrics": metrics})
+    write_sealed(path, {"state": name, "metrics": metrics})
     return metrics
 
 
@@ -94,8 +105,9 @@ def personal_adapters(
 
 def final_models(run: Run, workspace: Workspace) -> dict[str, Mapping[str, Tensor]]:
     """Return every client's own model after the last round."""
-    record, state = run.round_record(run.plan.rounds), run.state(run.plan.rounds)
-    return personal_adapters(run, workspace, run.plan.rounds, state, record["kept"], record["clients"])
+    last = run.last_trained(run.plan.rounds)
+    record = run.round_record(last)
+    return personal_adapters(run, workspace, last, run.state(last), record.get("kept", {}), record.get("clients", {}))
 
 
 def _measured(run: Run, workspace: Workspace, state: GlobalState, adapter: Mapping[str, Tensor]) -> dict[str, float]:

@@ -7,20 +7,22 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from fedpipe.config import Settings
-from fedpipe.files import write_json, write_tensors
+from fedpipe.errors import DataError
+from fedpipe.files import write_sealed, write_tensors
 from fedpipe.identity import identify
 from fedpipe.models.factors import GlobalState
 from fedpipe.models.lora import TensorSpec
-from fedpipe.plan import make_plan
+from fedpipe.plan import Plan, make_plan
 from fedpipe.project import Project
 from fedpipe.state import Opened, Run, open_run
+from fedpipe.steps.agreeing import checked
 from fedpipe.steps.common import round_facts
 from fedpipe.steps.evaluating import evaluate
 from fedpipe.workspace import Workspace, workspace_of
 
 
-def prepare(project: Project, settings: Settings) -> Opened:
-    """Check everything that can be checked before training, and open the run.
+def prepare(project: Project, settings: Settings, audit: bool = False) -> Opened:
+    """Check everything that can be checked before training, and open the run; with canaries only for an `audit`.
 
     Raises
     ------
@@ -30,10 +32,18 @@ def prepare(project: Project, settings: Settings) -> Opened:
     workspace = workspace_of(project, settings)
     method, federation = workspace.method, workspace.federation
     federation.check_fresh(settings)
+    if bool(federation.canaries) != audit:
+        found, expected = ("no canaries", "an audit's partition") if audit else ("an audit's canaries", "none")
+        raise DataError(f"{federation.path}: found {found}, expected {expected}; run `fedpipe partition` again")
     probe = workspace.probe.digest
     workspace.model  # noqa: B018 (loads the backbone: a missing target module is found here, not in round 1)
     identity = identify(settings, method, federation.digest, workspace.backbone.digest, probe)
-    opened = open_run(project.runs, identity, settings, lambda: make_plan(settings, federation.sizes, method))
+    specs = [spec for spec in workspace.model.specs if spec.name in workspace.trained]
+
+    def plan() -> Plan:
+        return checked(make_plan(settings, federation.sizes, method, federation.groups), settings, method, specs)
+
+    opened = open_run(project.runs, identity, settings, plan)
     if not opened.run.complete:
         _start(opened.run, workspace)
     return opened
@@ -50,7 +60,7 @@ def _start(run: Run, workspace: Workspace) -> None:
         # What a client downloads before round 1: all of it.
         down = sum(tensor.numel() for tensor in first.tensors().values())
         record = {"round": 0, "state": state, "metrics": metrics, "down": down, "ranked": sorted(first.adapter)}
-        write_json(run.round_dir(0) / "round.json", record)
+        write_sealed(run.round_dir(0) / "round.json", record)
 
 
 def _held(tensors: Mapping[str, Tensor], specs: Sequence[TensorSpec]) -> dict[str, Tensor]:

@@ -14,58 +14,80 @@ from fedpipe.client.curvature import Loss
 from fedpipe.client.starts import ClientStart, client_start
 from fedpipe.client.training import CohortWork, Update, train_cohort
 from fedpipe.errors import StateError
-from fedpipe.files import file_digest, read_json, read_tensors, write_json, write_tensors
+from fedpipe.files import file_digest, inside, private_directory, read_sealed, read_tensors, write_sealed, write_tensors
 from fedpipe.models.factors import GlobalState
 from fedpipe.server.evaluate import evaluate as metrics_of
 from fedpipe.server.initialisation import Start
 from fedpipe.server.round import objective_down
 from fedpipe.state import Run
-from fedpipe.steps.beginning import decide, weight_of
+from fedpipe.steps.beginning import cohort_size, decide, weight_of
+from fedpipe.steps.canaries import audited
 from fedpipe.steps.common import open_unchanged, readable
+from fedpipe.steps.drawing import drawn, salt
+from fedpipe.steps.outbox import put, take
 from fedpipe.workspace import PROBE, Workspace
 
 
 def train(run_dir: Path, round: int, cohort: int) -> dict[str, str]:
     """Train one cohort for one round; return the name and the sha256 of the file that lists its updates."""
     run, workspace = open_unchanged(run_dir)
-    directory = run.round_dir(round)
+    directory = run.work_dir(round)
     path = directory / f"cohort-{cohort:02d}.json"
-    round_plan = read_json(directory / "plan.json")
+    round_plan = read_sealed(directory / "plan.json")
     clients, query = tuple(round_plan["cohorts"][cohort]), round_plan["query"]
     if _intact(run, path, clients, query):
         return {"file": path.name, "sha256": file_digest(path)}
-    _check_planned(run, workspace, round_plan, clients)
+    check_planned(run, workspace, round_plan, clients)
     started = time.monotonic()
     workspace.use_base(run.state(round - 1).base)
+    updates: dict[str, Update] = {}
+    # As many as were drawn may be more than fit into memory at once.
+    size = cohort_size(run, workspace) if run.plan.central is not None else max(1, len(clients))
+    for at in range(0, len(clients), size):
+        updates |= _trained(run, workspace, round_plan, clients[at : at + size])
+    listing = {client: _listed(run, round, client, update) for client, update in updates.items()}
+    seconds = time.monotonic() - started
+    content = {"round": round, "cohort": cohort, "query": query, "updates": listing, "seconds": seconds}
+    if run.plan.central is not None:
+        content["salt"] = salt(run, round, query, cohort)
+    return {"file": path.name, "sha256": write_sealed(path, content)}
+
+
+def _trained(
+    run: Run, workspace: Workspace, round_plan: Mapping[str, Any], clients: tuple[str, ...]
+) -> dict[str, Update]:
+    """Train clients of one cohort together."""
+    round = round_plan["round"]
     work = CohortWork(
         round=round,
         clients=clients,
         records=[workspace.records(client) for client in clients],
-        starts=_starts(run, workspace, round, round_plan, clients),
+        starts=client_starts(run, workspace, round, round_plan, clients),
         trained=workspace.trained,
-        query=query,
+        query=round_plan["query"],
         key=run.key,
         modes=round_plan["modes"],
+        diagnostics=run.diagnostics,
     )
-    with workspace.engine() as engine:
-        ledger = run.ledger if run.plan.private else None
+    with workspace.engine() as usual:
+        engine = audited(usual, run, workspace.federation.canaries, clients)
+        ledger = run.ledger if run.plan.step_clip is not None else None
         method, optimizer = workspace.method, run.settings.optimizer
         probe = _probe(workspace) if method.schedule.probes(round, run.plan.rounds) else None
-        updates = train_cohort(engine, workspace.model, work, run.plan, method, optimizer, ledger, probe)
-    listing = {client: _listed(run, round, client, update) for client, update in updates.items()}
-    seconds = time.monotonic() - started
-    content = {"round": round, "cohort": cohort, "query": query, "updates": listing, "seconds": seconds}
-    return {"file": path.name, "sha256": write_json(path, content)}
+        return train_cohort(engine, workspace.model, work, run.plan, method, optimizer, ledger, probe)
 
 
-def _check_planned(run: Run, workspace: Workspace, round_plan: Mapping[str, Any], clients: Sequence[str]) -> None:
+def check_planned(run: Run, workspace: Workspace, round_plan: Mapping[str, Any], clients: Sequence[str]) -> None:
     """Refuse to train by a plan of the round that is not what would be decided now: its noise is for another query."""
     round = round_plan["round"]
-    directory, decided = run.round_dir(round), decide(run, workspace, round)
+    directory, decided = run.work_dir(round), decide(run, workspace, round)
     if round_plan["query"] != decided["query"]:
         raise StateError(f"{directory}: was planned for another start, device or key; run the same command again")
     edited = [key for key, value in decided.items() if round_plan.get(key) != value]
     allowed = set(run.plan.participants[round - 1]) - round_plan["excluded"].keys()
+    if run.plan.central is not None:
+        listed = sorted(client for members in round_plan["cohorts"] for client in members)
+        edited += [] if listed == list(drawn(run, round, decided["query"])) else ["cohorts"]
     if edited or not allowed.issuperset(clients):
         raise StateError(
             f"{directory / 'plan.json'}: was edited: {', '.join(edited) or 'cohorts'}; delete it and run the same "
@@ -85,7 +107,7 @@ def _probe(workspace: Workspace) -> Loss:
     return loss
 
 
-def _starts(
+def client_starts(
     run: Run, workspace: Workspace, round: int, round_plan: Mapping[str, Any], clients: Sequence[str]
 ) -> list[ClientStart]:
     """Return where each client of a cohort begins; all of them received the same state."""
@@ -116,19 +138,31 @@ def client_facts(run: Run, workspace: Workspace, round: int, state: GlobalState,
 
 def _listed(run: Run, round: int, client: str, update: Update) -> dict[str, Any]:
     """Write what a client sends and what it keeps; return their names, digests and facts."""
-    sent = run.round_dir(round) / "updates" / f"{client}.safetensors"
-    # Not flushed: a torn one does not have its digest, and its cohort is trained again to the same bytes.
-    sha256 = write_tensors(sent, update.tensors, durable=False)
-    entry = {"file": f"updates/{sent.name}", "sha256": sha256, "norm": update.norm, "snr": update.snr}
-    entry["rank"] = update.rank
-    if update.scores is not None:
-        entry["scores"] = update.scores
+    secure = run.settings.federation.secure_aggregation
+    # What else the client knows, with secure aggregation it tells nobody.
+    entry = {"outbox": put(run, round, client, update.tensors)} if secure else _sent(run, round, client, update)
+    if update.loss is not None:
+        entry["diagnostics"] = {"loss": update.loss}
     if update.kept:
         path = run.client_dir(client) / f"kept-{round:04d}.safetensors"
-        path.parent.parent.mkdir(mode=0o700, exist_ok=True)
+        private_directory(path.parent.parent)
         # Flushed: later rounds need it, and by then its cohort is not trained again.
         sha256 = write_tensors(path, update.kept)
         entry["kept"] = {"file": str(path.relative_to(run.root)), "sha256": sha256}
+    return entry
+
+
+def _sent(run: Run, round: int, client: str, update: Update) -> dict[str, Any]:
+    """Write what a client sends where the server reads it."""
+    sent = inside(run.work_dir(round) / "updates", f"{client}.safetensors")
+    # Not flushed: a torn one does not have its digest, and its cohort is trained again to the same bytes.
+    sha256 = write_tensors(sent, update.tensors, durable=False)
+    entry: dict[str, Any] = {"file": f"updates/{sent.name}", "sha256": sha256}
+    if run.plan.central is not None:
+        return entry  # the rest is nobody's business, and may be no number
+    entry |= {"norm": update.norm, "snr": update.snr, "rank": update.rank}
+    if update.scores is not None:
+        entry["scores"] = update.scores
     return entry
 
 
@@ -140,7 +174,10 @@ def _intact(run: Run, path: Path, clients: Sequence[str], query: str) -> bool:
     try:
         for client in clients:
             entry = listing["updates"][client]
-            read_tensors(path.parent / entry["file"], entry["sha256"])
+            if "outbox" in entry:
+                take(run, client, entry["outbox"])
+            else:
+                read_tensors(inside(path.parent, entry["file"]), entry["sha256"])
             if "kept" in entry:
                 run.read_kept(entry["kept"])
     except (StateError, KeyError, TypeError):
