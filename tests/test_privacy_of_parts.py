@@ -315,7 +315,8 @@ def decided(world: dict[str, Any], specs: Sequence[TensorSpec]) -> dict[str, Any
     run = SimpleNamespace(
         round_record=world["records"].get,
         round_dir=str,
-        plan=SimpleNamespace(jobs=((), (), world["jobs"]), clients=dict.fromkeys(CLIENTS), rounds=9),
+        last_trained=lambda before: before,
+        plan=SimpleNamespace(jobs_of=lambda _: world["jobs"], clients=dict.fromkeys(CLIENTS), rounds=9),
         settings=SimpleNamespace(lora=SimpleNamespace(rank=8), seed=1),
         info=world["info"],
         key=world["key"],
