@@ -22,6 +22,7 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]  # of what the plan lists one 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
@@ -78,6 +79,40 @@ class LoraSettings(Section):
     train_head: bool = True
 
 
+class FaultSettings(Section):
+    """Simulated faults: with which probability a client has one in a round; drawn from the seed, one at the most."""
+
+    exception: Probability = 0.0  # its training fails at the end
+    nan: Probability = 0.0  # it sends a value that is not a number
+    shape: Probability = 0.0  # it sends a tensor of another shape
+    digest: Probability = 0.0  # what arrives is not what it listed
+    norm: Probability = 0.0  # it sends values that are absurdly large
+    straggle: Probability = 0.0  # it misses the deadline
+    vanish: Probability = 0.0  # it sends nothing; with secure aggregation, from one of the protocol's messages on
+
+    @model_validator(mode="after")
+    def _at_most_one(self) -> FaultSettings:
+        if (total := sum(dict(self).values())) > 1:
+            raise ValueError(
+                f"federation.faults: the probabilities add up to {total:g}; a client has one fault in a round at the "
+                "most, expected no more than 1"
+            )
+        return self
+
+    @property
+    def any(self) -> bool:
+        return any(dict(self).values())
+
+
+class AttackSettings(Section):
+    """Simulated clients that send what they should not: the same ones in all rounds, drawn from the seed."""
+
+    kind: Literal["sign-flip", "scaling", "label-flip", "free-rider"] | None = None
+    clients: PositiveInt | Fraction = 0.2  # how many of all clients, or which share
+    strength: PositiveFloat = 10.0  # sign-flip, scaling: the factor on the move
+    noise: NonNegativeFloat = 0.0  # free-rider: the standard deviation of what it adds to the start that it sends
+
+
 class FederationSettings(Section):
     rounds: Count = 10
     clients_per_round: PositiveInt | None = None  # null: all of them
@@ -88,6 +123,16 @@ class FederationSettings(Section):
     secure_aggregation: bool = False  # the server gets the sum of the updates, and no update
     secure_range: PositiveFloat = 8.0  # a client with a number that moved farther in a round is left out of the sum
     secure_threshold: Annotated[float, Field(ge=0.5, le=1)] = 0.6  # of a round's clients, who must stay to the end
+    quorum: Probability = 0.0  # share of a round's clients whose updates must be usable; 0: what the rule needs
+    retries: Annotated[int, Field(ge=0, le=100)] = 2  # how often a round below the quorum is tried again
+    deadline: PositiveFloat | None = None  # simulated seconds; who takes longer has trained for nothing. null: none
+    faults: FaultSettings = FaultSettings()
+    attack: AttackSettings = AttackSettings()
+
+    @property
+    def tries(self) -> int:
+        """How often a round is tried, before it stops the run: once where nothing would be another time."""
+        return 1 + self.retries if self.quorum or (self.secure_aggregation and self.faults.any) else 1
 
 
 Choice = str | dict[str, Any] | None  # a part's name, or {name, options}; null: the method's own choice
@@ -230,11 +275,13 @@ class Settings(Section):
     def flat(self) -> dict[str, Any]:
         """Return every key as `section.key`; the test key itself is not told."""
         values: dict[str, Any] = {}
-        for name, value in self.model_dump().items():
-            if isinstance(value, dict):
-                values.update({f"{name}.{key}": item for key, item in value.items()})
-            else:
-                values[name] = value
+        for name, section in self:
+            if not isinstance(section, Section):
+                values[name] = section
+                continue
+            for key, value in section:
+                below = dict(value) if isinstance(value, Section) else {}
+                values |= {f"{name}.{key}.{item}": own for item, own in below.items()} or {f"{name}.{key}": value}
         if values["privacy.test_key"] is not None:
             values["privacy.test_key"] = "set"
         return values

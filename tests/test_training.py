@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -555,7 +556,7 @@ def test_a_step_that_moves_an_inactive_tensor_is_found(trial: Trial, monkeypatch
         trial.run(CATALOGUE["ffa-lora"], trial.plan(), Spy())
 
 
-def test_values_that_are_not_finite_stop_the_round_and_name_the_client(trial: Trial) -> None:
+def test_a_client_whose_values_are_not_finite_has_no_update_and_the_others_have_theirs(trial: Trial) -> None:
     class Exploding(Spy):
         def clipped_sums(self, *args: Any) -> dict[str, Tensor]:
             sums = super().clipped_sums(*args)
@@ -563,8 +564,12 @@ def test_values_that_are_not_finite_stop_the_round_and_name_the_client(trial: Tr
                 tensor[1] = float("inf")
             return sums
 
-    with pytest.raises(TrainingError, match=r"round 1, client c001: '.*' is no longer finite"):
-        trial.run(CATALOGUE["dp-lora"], trial.plan(), Exploding())
+    usual = trial.run(CATALOGUE["dp-lora"], trial.plan(), Spy())
+    found = trial.run(CATALOGUE["dp-lora"], trial.plan(), Exploding())
+    assert re.fullmatch(r"diverged: '.*' is no longer finite", found["c001"].failed)
+    assert found["c001"].tensors == {}
+    for client in ("c000", "c002"):
+        assert all((found[client].tensors[name] == own).all() for name, own in usual[client].tensors.items())
 
 
 # Optimisers

@@ -116,7 +116,7 @@ def _sent(run: Run, round: int) -> dict[str, dict[str, str]]:
     """Return where the clients' updates of a round are, and their digests."""
     listed: dict[str, dict[str, str]] = {}
     for path in sorted(run.round_dir(round).glob("cohort-*.json")):
-        listed |= read_sealed(path)["updates"]
+        listed |= {client: own for client, own in read_sealed(path)["updates"].items() if "file" in own}
     if missing := run.round_record(round)["clients"].keys() - listed.keys():
         raise StateError(f"{run.round_dir(round)}: the update of {min(missing)} is not there; the audit needs it")
     return listed

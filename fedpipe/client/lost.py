@@ -1,8 +1,11 @@
 """Clients whose training diverges while others, in the same batches, go on.
 
-Where only a sum of whole updates is private, a client must not be able to stop the round or to move
-another client's update: that it diverged would show, and no clip norm bounds it. It is put back to
-where it began, trains on, and in the end sends what no server takes, which then counts as no move.
+One client must not be able to stop the round, or to move another client's update. So it is put back to
+where it began and trains on, which keeps its numbers finite: its noisy steps are in the ledger, and it has
+spent. What it ends with is of no use.
+
+Where only a sum of whole updates is private, that it diverged must not show either, and no clip norm bounds
+it: there it sends what no server takes, which then counts as no move. Elsewhere it sends nothing, and says why.
 """
 
 from __future__ import annotations
@@ -21,25 +24,37 @@ class Lost:
     Parameters
     ----------
     start : where they began, name -> (clients, *shape)
+    cap : how far a client may be from there; None where the server says so
     """
 
-    def __init__(self, start: Mapping[str, Tensor]) -> None:
-        self._start = {name: tensor.clone() for name, tensor in start.items()}
-        first = next(iter(self._start.values()))
-        self._lost = torch.zeros(len(first), dtype=torch.bool, device=first.device)
+    def __init__(self, start: Mapping[str, Tensor], cap: float | None = MOVE_CAP) -> None:
+        self._start, self._cap = start, cap
+        self._names: dict[int, str] = {}
 
     def after_step(self, state: Mapping[str, Tensor]) -> None:
-        """Put clients that are not finite, or farther away than a server takes, back to where they began."""
-        moves = ((state[name].double() - start.double()).flatten(1) for name, start in self._start.items())
-        squares = torch.stack([move.square().sum(1) for move in moves]).sum(0)
-        self._lost |= ~(squares <= MOVE_CAP**2)  # NaN is not
-        self._put(state, self._start)
+        """Put clients that are not finite, or farther away than the cap, back to where they began."""
+        if self._cap is not None:
+            moves = ((state[name].double() - self._at(name, state)).flatten(1) for name in self._start)
+            squares = torch.stack([move.square().sum(1) for move in moves]).sum(0)
+            fine = {"": squares <= self._cap**2}  # NaN is not
+        else:
+            fine = {name: torch.isfinite(state[name]).flatten(1).all(1) for name in self._start}
+        if not bool(torch.stack(list(fine.values())).all()):
+            for name, of_clients in fine.items():
+                for row in (~of_clients).nonzero().flatten().tolist():
+                    self._names.setdefault(row, name)
+        if rows := list(self._names):
+            for name, tensor in state.items():
+                tensor[rows] = self._at(name, state)[rows].to(tensor.dtype)
 
     def mark(self, state: Mapping[str, Tensor]) -> None:
         """Make what they send unusable."""
-        self._put(state, {name: torch.full_like(tensor, torch.nan) for name, tensor in state.items()})
+        for tensor in state.values():
+            tensor[list(self._names)] = torch.nan
 
-    def _put(self, state: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-        if bool(self._lost.any()):
-            for name, tensor in state.items():
-                tensor[self._lost] = values[name][self._lost]
+    def reason(self, row: int) -> str | None:
+        """Say what became of a client; None of one that is not lost."""
+        return f"diverged: '{self._names[row]}' is no longer finite" if row in self._names else None
+
+    def _at(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
+        return self._start[name].to(state[name].device)

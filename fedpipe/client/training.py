@@ -10,7 +10,10 @@ With unit `group` all of this holds for groups of records: they are drawn whole,
 is the mean gradient of a group's records.
 
 With unit `client` local steps are plain: what a client sends is clipped and noised as a whole, by
-the server. Then no check here may speak of one client; a client that diverges is `Lost`.
+the server. Then no check here may speak of one client.
+
+A client whose values stop being finite is `Lost`: the others of its cohort end with the bytes that they
+would have ended with, and it has spent what the ledger says.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from fedpipe.models.task import Encoded
 from fedpipe.plan import ClientPlan, Plan
 from fedpipe.privacy.ledger import Ledger, LedgerEntry
 from fedpipe.privacy.noise import KeyedStream, add_step_noise, client_key, poisson_sample
+from fedpipe.server.checks import MOVE_CAP
 from fedpipe.server.ranks import masks, numel
 
 
@@ -71,6 +75,8 @@ class Update:
     in its gradients, from the noisy gradients only (None without noise). `scores` are what the
     schedule made of its last noisy gradients, `rank` is what it asks for from now on, `kept`
     stays with the client. `loss` is the mean training loss, where diagnostics are asked for.
+    `failed` says why there is nothing to send; `tensors` is empty then, and `spent` says whether all
+    its steps were taken.
     """
 
     tensors: dict[str, Tensor]
@@ -80,6 +86,8 @@ class Update:
     scores: dict[str, float] | None = None
     loss: float | None = None
     kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    failed: str | None = None
+    spent: bool = True
 
 
 def train_cohort(
@@ -92,15 +100,14 @@ def train_cohort(
     ledger: Ledger | None,
     probe: Loss | None = None,
 ) -> dict[str, Update]:
-    """Run a cohort's local steps for one round; return each client's update.
+    """Run a cohort's local steps for one round; return each client's update, or why it has none.
 
     `probe` is an adapter's loss on public records, in rounds whose scores are made from it too.
 
     Raises
     ------
     TrainingError
-        After the first step something stands still that should move, or moves that should
-        not; or values are not finite.
+        After the first step something stands still that should move, or moves that should not.
     PrivacyError
         What was planned and what is there differ: the records, or a private plan without a ledger.
     """
@@ -116,7 +123,8 @@ def train_cohort(
     kept_out = {name: values.to(device) for name, values in masks(model.specs, ranks).items()}
     signal, noise, scores, losses = np.zeros(count), np.zeros(count), None, TrainingLosses(count)
     units = [records.groups for records in work.records] if plan.unit == "group" else None
-    clip_norm, lost = plan.step_clip, Lost(state) if plan.whole_clients else None
+    clip_norm, cap = plan.step_clip, MOVE_CAP if plan.whole_clients else None
+    lost = Lost({name: tensor.to(device) for name, tensor in began.items()} if cap else began, cap)
 
     for step in range(1, plans[0].local_steps + 1):
         active = active_specs(model, method, work, step)
@@ -150,19 +158,19 @@ def train_cohort(
         objective.after_step(state, active, {spec.name: optimizer.learning_rate(spec) for spec in active})
         if before is not None:
             # That one client's records move nothing must not show where clients are what is protected.
-            known = batches if lost is None else [batch[:0] for batch in batches]
+            known = [batch[:0] for batch in batches] if plan.whole_clients else batches
             check_first_step(before, state, model.specs, active, known, private=clip_norm is not None)
-        if lost is not None:
-            lost.after_step(state)
-    if lost is None:
-        _check_finite(state, work)
-    else:
+        lost.after_step(state)
+    if plan.whole_clients:
         lost.mark(state)
 
     snr = np.sqrt(np.maximum(signal - noise, 0) / noise) if clip_norm is not None else [None] * count
     ended, extras, kept = (_on_cpu(tensors) for tensors in (state, objective.extras(state), objective.kept(state)))
     updates = {}
     for row, (client, start) in enumerate(zip(work.clients, work.starts, strict=True)):
+        if not plan.whole_clients and (reason := lost.reason(row)):
+            updates[client] = Update({}, norm=0.0, snr=None, rank=ranks[row], failed=reason)
+            continue
         mine = {name: tensor[row].clone() for name, tensor in ended.items()}
         updates[client] = _update(
             model,
@@ -325,16 +333,6 @@ def _partner_moves(before: State, spec: TensorSpec) -> np.ndarray:
     partner = before[spec.name.replace("lora_A", "lora_B")]
     size, own = (tensor.flatten(1).abs().amax(1) for tensor in (partner, before[spec.name]))
     return (size > 1e-3 * own).cpu().numpy()
-
-
-def _check_finite(state: State, work: CohortWork) -> None:
-    for name, tensor in state.items():
-        finite = torch.isfinite(tensor).flatten(1).all(1).cpu()
-        if not finite.all():
-            client = work.clients[int((~finite).nonzero()[0])]
-            raise TrainingError(
-                f"round {work.round}, client {client}: '{name}' is no longer finite; lower optimizer.lr or lr_head"
-            )
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> State:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from fedpipe.config import Settings
 from fedpipe.errors import SettingsError
+from fedpipe.methods.hostile import faulty_clients
 from fedpipe.methods.method import Method
 from fedpipe.methods.sums import MANY, secure_aggregation
 from fedpipe.methods.whole import unit_client
@@ -32,6 +33,7 @@ def check(method: Method, settings: Settings) -> None:
         _phases,
         _stale,
         _clients,
+        faulty_clients,
         secure_aggregation,
         unit_client,
     )

@@ -121,6 +121,10 @@ def summary_rows(header: RunHeader | None, summary: Mapping[str, Any]) -> list[t
         rows.append(("skipped", _skipped(get("skipped"))))
     if get("clients_excluded"):
         rows.append(("left out", f"{_plural(get('clients_excluded'), 'client')} without budget for some round"))
+    if get("updates_refused"):
+        rows.append(("not used", f"{_plural(get('updates_refused'), 'update')}; reports/run.json says why"))
+    if get("attack"):
+        rows.append(("attack", f"{get('attack')} by {_plural(get('attackers'), 'client')}, simulated"))
     rows.append(("time", numbers.duration(get("seconds"))))
     rows.append(("traffic", f"{numbers.size(get('bytes_up'))} up, {numbers.size(get('bytes_down'))} down"))
     for name in ("adapter", "report", "ledger", "run_directory"):

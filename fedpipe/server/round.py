@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from fedpipe.errors import PrivacyError, TrainingError
+from fedpipe.errors import PrivacyError, QuorumError, TrainingError
 from fedpipe.methods import Method
 from fedpipe.models.factors import GlobalState, State
 from fedpipe.models.lora import TensorSpec
@@ -34,11 +34,13 @@ class Updates:
     read : client -> a function that reads what it sent, in order of the names
     started : client -> the global adapter that it started from, for those that did not start from the last one
     shares : client -> a factor on its weight, for those that have one: they are late, or took more steps
+    missing : client -> why it has sent nothing that could be read
     """
 
     read: Readers
     started: Mapping[str, State] = field(default_factory=dict)
     shares: Mapping[str, float] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def server_round(
     updates: Updates,
     clients: int,
     weight: Callable[[str], Tensor],
+    quorum: int = 0,
 ) -> Result:
     """Aggregate a round's updates into the next global state.
 
@@ -92,16 +95,19 @@ def server_round(
     previous, memory : as the last round left them
     clients : how many there are in the whole federation
     weight : the frozen weight of a pair, (m, n), by its name
+    quorum : how many updates must be usable, whatever the rule would be content with
 
     Raises
     ------
     TrainingError
-        Fewer updates passed their checks than the aggregation rule needs.
+        Fewer updates passed their checks than the aggregation rule needs; `QuorumError`: than the quorum.
     """
     expected = [*round.sent, *method.objective.extra_specs(round.sent)]
-    readers, refused = dict(updates.read), {}
+    readers, refused = dict(updates.read), dict(updates.missing)
+    for client, reason in refused.items():
+        log.warning("round %d, client %s: %s; it is left out", round.number, client, reason)
     while True:
-        _enough(method, round, readers, refused)
+        _enough(method, round, readers, refused, quorum)
         rule = method.aggregation.open(round, _part(memory, "rule"))
         extras = RunningMean({})
         weights, found = _feed(method, round, expected, replace(updates, read=readers), rule.add, extras)
@@ -188,15 +194,20 @@ def objective_down(method: Method, memory: Mapping[str, Tensor], start: State) -
     return method.objective.down(_part(memory, "objective"), start)
 
 
-def _enough(method: Method, round: Round, readers: Readers, refused: Mapping[str, str]) -> None:
-    if len(readers) < max(1, method.aggregation.least):
-        why = "".join(f"; {name}: {reason}" for name, reason in list(refused.items())[:3])
-        # Updates of one's own clients are of the right names and shapes; what is wrong with them is their size.
-        why += "; lower optimizer.lr or lr_head" if refused else ""
-        raise TrainingError(
-            f"round {round.number}: {len(readers)} usable updates, and method.aggregation {method.aggregation.name} "
-            f"needs {max(1, method.aggregation.least)}{why}"
+def _enough(method: Method, round: Round, readers: Readers, refused: Mapping[str, str], quorum: int) -> None:
+    least = max(1, method.aggregation.least)
+    if len(readers) >= max(least, quorum):
+        return
+    why = "".join(f"; {name}: {reason}" for name, reason in list(refused.items())[:3])
+    if any("finite" in reason or "moved" in reason for reason in refused.values()):
+        why += "; lower optimizer.lr or lr_head"
+    found = f"round {round.number}: {len(readers)} usable updates, and"
+    if quorum:
+        raise QuorumError(
+            f"{found} federation.quorum needs {max(least, quorum)}{why}. The rounds before are kept: run the same "
+            "command again to try this one again; another quorum begins a new run"
         )
+    raise TrainingError(f"{found} method.aggregation {method.aggregation.name} needs {least}{why}")
 
 
 def _feed(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.budget import check_round_spent, epsilon_so_far
+from fedpipe.errors import QuorumError
 from fedpipe.files import inside, read_sealed, read_tensors, write_sealed, write_tensors
 from fedpipe.server.ranks import numel
 from fedpipe.server.round import Updates, server_round, sum_round
@@ -18,6 +19,7 @@ from fedpipe.steps.diagnostics import diagnostics_of
 from fedpipe.steps.drawing import forget_work
 from fedpipe.steps.outbox import empty
 from fedpipe.steps.releasing import expected_traffic, release
+from fedpipe.steps.sending import failed_attempts, note_short, quorum_of, simulated_seconds, unread
 from fedpipe.steps.skipping import carried
 from fedpipe.steps.summing import read_sum
 from fedpipe.workspace import Workspace, open_workspace
@@ -27,6 +29,12 @@ def aggregate(run_dir: Path, round: int, cohorts: Sequence[Mapping[str, str]]) -
     """Check the updates of all cohorts and aggregate them; return what the round's record takes from it.
 
     With secure aggregation the one thing listed is what `sum_updates` returned.
+
+    Raises
+    ------
+    QuorumError
+        Too few updates are usable. It is noted, so that cohorts that are trained from now on are those of
+        another attempt.
     """
     run, workspace = open_workspace(run_dir)
     directory, method, model = run.work_dir(round), workspace.method, workspace.model
@@ -42,15 +50,23 @@ def aggregate(run_dir: Path, round: int, cohorts: Sequence[Mapping[str, str]]) -
     facts = round_facts(run, workspace, round, sent, round_plan["ranks"], before)
     updates = _updates(run, workspace, round, round_plan, listed)
     memory, total = run.memory(round - 1), len(run.plan.clients)
-    result = server_round(method, facts, before, memory, updates, total, model.frozen_weight)
+    try:
+        quorum = quorum_of(run, round_plan)
+        result = server_round(method, facts, before, memory, updates, total, model.frozen_weight, quorum)
+    except QuorumError as error:
+        note_short(run, round_plan, error)
+        raise
     state = write_tensors(run.adapter_path(round), result.state.tensors())
     used = {name: entry for name, entry in listed.items() if name in updates.read and name not in result.refused}
     return {
         "state": state,
         "memory": write_tensors(run.memory_path(round), result.memory) if result.memory else None,
         "clients": {
-            name: {"norm": entry["norm"], "snr": entry["snr"], "weight": result.weights.get(name, 0.0)}
+            # Of one that failed after it has spent, that is all.
+            name: {key: entry[key] for key in ("norm", "snr") if key in entry}
+            | {"weight": result.weights.get(name, 0.0)}
             for name, entry in listed.items()
+            if entry.get("spent", True)
         },
         "refused": result.refused,
         "server": result.metrics,
@@ -58,7 +74,14 @@ def aggregate(run_dir: Path, round: int, cohorts: Sequence[Mapping[str, str]]) -
         "ranked": result.ranked,
         "decisions": _decisions(run, workspace, round, round_plan, used),
         "kept": _kept(run, round, listed) if method.stateful else {},
+        **_attempts(run, round_plan, "short"),
     }
+
+
+def _attempts(run: Run, round_plan: Mapping[str, Any], name: str) -> dict[str, int]:
+    """Return how often a round was tried, where that is more than once."""
+    failed = failed_attempts(run, round_plan, name)
+    return {"attempts": 1 + failed} if failed else {}
 
 
 def _aggregate_sum(
@@ -73,7 +96,7 @@ def _aggregate_sum(
         method, facts, before, run.memory(round - 1), total, len(run.plan.clients), workspace.model.frozen_weight
     )
     kept = {name: {"kept": own} for name, own in found["kept"].items()}
-    trained = sorted([*found["survivors"], *found["absent"]])
+    trained = sorted({*found["survivors"], *found["absent"]} - set(found["unspent"]))
     return {
         "state": write_tensors(run.adapter_path(round), result.state.tensors()),
         "memory": write_tensors(run.memory_path(round), result.memory) if result.memory else None,
@@ -85,6 +108,7 @@ def _aggregate_sum(
         "decisions": _decisions(run, workspace, round, round_plan, {}),
         "kept": _kept(run, round, kept) if method.stateful else {},
         "secure_aggregation": found["protocol"],
+        **_attempts(run, round_plan, "stopped"),
     }
 
 
@@ -92,7 +116,8 @@ def _updates(
     run: Run, workspace: Workspace, round: int, round_plan: Mapping[str, Any], listed: Mapping[str, Mapping[str, Any]]
 ) -> Updates:
     directory, rounds = run.round_dir(round), workspace.method.rounds
-    names = [name for name in listed if name not in round_plan["unused"]]
+    missing = unread(run, workspace.method, round_plan, listed)
+    names = [name for name in listed if name not in missing and name not in round_plan["unused"]]
     late = {name: after for name, after in round_plan["started"].items() if name in names}
     shares = {
         name: rounds.discount(round - 1 - late.get(name, round - 1)) * rounds.share(run.plan.clients[name].local_steps)
@@ -105,6 +130,7 @@ def _updates(
         },
         started={name: run.adapter(after) for name, after in late.items()},
         shares={} if set(shares.values()) == {1.0} else shares,
+        missing=missing,
     )
 
 
@@ -157,7 +183,7 @@ def finish_round(
         **_traffic(run, workspace, round, round_plan, aggregated),
         # How long a round takes tells how many took part.
         "seconds": seconds if run.plan.central is None else None,
-        "simulated_seconds": run.plan.seconds[round - 1],
+        "simulated_seconds": simulated_seconds(run, round),
     }
     if run.settings.federation.secure_aggregation:
         empty(run, round)

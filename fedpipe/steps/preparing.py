@@ -14,6 +14,7 @@ from fedpipe.models.factors import GlobalState
 from fedpipe.models.lora import TensorSpec
 from fedpipe.plan import Plan, make_plan
 from fedpipe.project import Project
+from fedpipe.server.attacks import malicious
 from fedpipe.state import Opened, Run, open_run
 from fedpipe.steps.agreeing import checked
 from fedpipe.steps.common import round_facts
@@ -37,6 +38,7 @@ def prepare(project: Project, settings: Settings, audit: bool = False) -> Opened
         raise DataError(f"{federation.path}: found {found}, expected {expected}; run `fedpipe partition` again")
     probe = workspace.probe.digest
     workspace.model  # noqa: B018 (loads the backbone: a missing target module is found here, not in round 1)
+    malicious(settings.federation.attack, settings.seed, list(federation.sizes))
     identity = identify(settings, method, federation.digest, workspace.backbone.digest, probe)
     specs = [spec for spec in workspace.model.specs if spec.name in workspace.trained]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpipe.errors import PrivacyError, StateError
+from fedpipe.errors import PrivacyError, StateError, SumStoppedError
 from fedpipe.files import (
     content_digest,
     digest,
@@ -34,6 +34,7 @@ from fedpipe.models.factors import State
 from fedpipe.models.lora import TensorSpec
 from fedpipe.privacy.distributed import Shares
 from fedpipe.privacy.noise import client_key
+from fedpipe.server.faults import STAGES
 from fedpipe.server.masking import Terms
 from fedpipe.server.round import Total
 from fedpipe.server.secure import Client, TooFewClientsError, secure_sum
@@ -42,6 +43,7 @@ from fedpipe.state import Run
 from fedpipe.steps.agreeing import agreed, charge, shares_of
 from fedpipe.steps.common import all_listed, open_unchanged, readable, sent_specs
 from fedpipe.steps.outbox import take
+from fedpipe.steps.sending import silent
 from fedpipe.steps.training import check_planned
 
 _MISSING = {"keys": "sent no keys", "shares": "dealt no shares", "upload": "sent no masked update"}
@@ -66,13 +68,15 @@ def sum_updates(
 ) -> dict[str, str]:
     """Run the protocol for a round's clients; return the name and the sha256 of the file that describes the sum.
 
+    Who is `vanished` is a simulated fault, if it is not given.
+
     Raises
     ------
-    PrivacyError
+    SumStoppedError
         Too few clients stayed. Nothing was opened; what they trained is kept for another attempt.
     """
     run, workspace = open_unchanged(run_dir)
-    directory, gone = run.round_dir(round), vanished or Vanished()
+    directory = run.round_dir(round)
     path, round_plan = directory / "sum.json", read_sealed(directory / "plan.json")
     listed = all_listed(directory, round_plan, cohorts)
     inputs = digest([round_plan["query"], listed])
@@ -85,6 +89,7 @@ def sum_updates(
     terms = agreed(run, workspace, round_plan, list(listed), specs, shares)
     if shares is not None:
         charge(run, round_plan, list(listed))  # all who trained: nobody knows yet who will be in the sum
+    gone, told = _gone(run, workspace.method, round_plan, listed, vanished)
     there = {name: entry for name, entry in listed.items() if name not in gone.keys}
     moves = _moves(run, workspace.method, there, specs, start)
     clients, refused = _clients(run, terms, round_plan["query"], moves, shares)
@@ -98,7 +103,8 @@ def sum_updates(
             f"{directory}: the sum was opened for other clients before; their difference would open an update: "
             "restore sum.safetensors"
         )
-    absent = {name: why for message, why in _MISSING.items() for name in sorted(getattr(gone, message))} | refused
+    unsent = {name: why for message, why in _MISSING.items() for name in sorted(getattr(gone, message))}
+    absent = {name: told.get(name, why) for name, why in unsent.items()} | refused
     coded = {"levels": terms.codec.levels} if shares is None else {"unit": shares.unit, "scale": shares.scale}
     record = {
         "round": round,
@@ -108,6 +114,7 @@ def sum_updates(
         "weight": total.weight,
         "survivors": [name for name in listed if name not in absent],
         "absent": {name: absent[name] for name in sorted(absent)},
+        "unspent": [name for name, entry in listed.items() if not entry.get("spent", True)],
         "protocol": {
             "chosen": len(listed),
             "survivors": total.clients,
@@ -128,6 +135,29 @@ def read_sum(directory: Path, round_plan: Mapping[str, Any], entry: Mapping[str,
         raise StateError(f"{path}: is of an earlier plan of this round; run again")
     moves = read_tensors(directory / "sum.safetensors", found["sum"])
     return Total(moves, found["weight"], tuple(found["survivors"])), found
+
+
+def _gone(
+    run: Run,
+    method: Method,
+    round_plan: Mapping[str, Any],
+    listed: Mapping[str, Mapping[str, Any]],
+    vanished: Vanished | None,
+) -> tuple[Vanished, dict[str, str]]:
+    """Return who stops sending, and before what; and the reasons of those that have one of their own."""
+    stages: dict[str, set[str]] = {stage: set() for stage in STAGES}
+    told: dict[str, str] = {}
+    if vanished is None:
+        for client, (stage, reason) in silent(run, method, round_plan, listed).items():
+            stages[stage].add(client)
+            told[client] = reason
+    else:
+        stages = {stage: set(getattr(vanished, stage)) for stage in STAGES}
+    for client, entry in listed.items():
+        if "failed" in entry:
+            stages["keys"].add(client)
+            told[client] = entry["failed"]
+    return Vanished(**{stage: frozenset(names) for stage, names in stages.items()}), told
 
 
 def _known(path: Path, inputs: str) -> dict[str, Any] | None:
@@ -181,12 +211,12 @@ def _counts(clients: Sequence[Client], gone: Vanished) -> dict[str, int]:
     return {"keys": len(names), **later}
 
 
-def _stopped(directory: Path, query: str, refused: Mapping[str, str], error: TooFewClientsError) -> PrivacyError:
+def _stopped(directory: Path, query: str, refused: Mapping[str, str], error: TooFewClientsError) -> SumStoppedError:
     """Note the attempt, whose masks must not be used again; return the error to raise."""
     number = len(list(directory.glob("stopped-*.json"))) + 1
     write_sealed(directory / f"stopped-{number:02d}.json", {"query": query, "reason": str(error)})
     why = "".join(f"; {name}: {reason}" for name, reason in list(refused.items())[:3])
-    return PrivacyError(
+    return SumStoppedError(
         f"{error}{why}. No sum was opened, and what the clients trained is kept: run the same command again when "
         "enough of them are back" + ("; a larger federation.secure_range lets more into the sum" if refused else "")
     )

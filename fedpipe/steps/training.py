@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,30 @@ from fedpipe.client.curvature import Loss
 from fedpipe.client.starts import ClientStart, client_start
 from fedpipe.client.training import CohortWork, Update, train_cohort
 from fedpipe.errors import StateError
-from fedpipe.files import file_digest, inside, private_directory, read_sealed, read_tensors, write_sealed, write_tensors
+from fedpipe.files import (
+    file_digest,
+    inside,
+    private_directory,
+    read_sealed,
+    read_tensors,
+    storage,
+    write_sealed,
+    write_tensors,
+)
 from fedpipe.models.factors import GlobalState
+from fedpipe.models.task import Encoded
 from fedpipe.server.evaluate import evaluate as metrics_of
+from fedpipe.server.faults import spoilt
 from fedpipe.server.initialisation import Start
 from fedpipe.server.round import objective_down
 from fedpipe.state import Run
 from fedpipe.steps.beginning import cohort_size, decide, weight_of
 from fedpipe.steps.canaries import audited
-from fedpipe.steps.common import open_unchanged, readable
+from fedpipe.steps.common import open_unchanged, readable, sent_specs
 from fedpipe.steps.drawing import drawn, salt
+from fedpipe.steps.failing import nothing_of, without_the_failing
 from fedpipe.steps.outbox import put, take
+from fedpipe.steps.sending import Trouble, as_sent, failed_attempts, lost_before_sending, records_of, trouble_of
 from fedpipe.workspace import PROBE, Workspace
 
 
@@ -35,19 +49,23 @@ def train(run_dir: Path, round: int, cohort: int) -> dict[str, str]:
     path = directory / f"cohort-{cohort:02d}.json"
     round_plan = read_sealed(directory / "plan.json")
     clients, query = tuple(round_plan["cohorts"][cohort]), round_plan["query"]
-    if _intact(run, path, clients, query):
+    if _intact(run, path, clients, round_plan):
         return {"file": path.name, "sha256": file_digest(path)}
     check_planned(run, workspace, round_plan, clients)
     started = time.monotonic()
     workspace.use_base(run.state(round - 1).base)
     updates: dict[str, Update] = {}
+    attempt = 1 + failed_attempts(run, round_plan)
+    trouble = trouble_of(run, workspace.method, round_plan, clients)
     # As many as were drawn may be more than fit into memory at once.
     size = cohort_size(run, workspace) if run.plan.central is not None else max(1, len(clients))
     for at in range(0, len(clients), size):
         updates |= _trained(run, workspace, round_plan, clients[at : at + size])
-    listing = {client: _listed(run, round, client, update) for client, update in updates.items()}
+    listing = {client: _listed(run, round_plan, client, updates[client], trouble) for client in clients}
     seconds = time.monotonic() - started
     content = {"round": round, "cohort": cohort, "query": query, "updates": listing, "seconds": seconds}
+    if attempt > 1:
+        content["attempt"] = attempt
     if run.plan.central is not None:
         content["salt"] = salt(run, round, query, cohort)
     return {"file": path.name, "sha256": write_sealed(path, content)}
@@ -56,12 +74,29 @@ def train(run_dir: Path, round: int, cohort: int) -> dict[str, str]:
 def _trained(
     run: Run, workspace: Workspace, round_plan: Mapping[str, Any], clients: tuple[str, ...]
 ) -> dict[str, Update]:
-    """Train clients of one cohort together."""
-    round = round_plan["round"]
+    """Train clients of one cohort together; one that fails is left out, and the others are trained."""
+    workspace.records(None)  # what none of them could train with
+    updates, failed = without_the_failing(
+        run,
+        clients,
+        read=lambda client: records_of(run, workspace, client),
+        train=lambda records: _together(run, workspace, round_plan, records),
+    )
+    sent = sent_specs(run, workspace, round_plan["round"], round_plan) if failed else []
+    return updates | {client: nothing_of(run, sent, reason) for client, reason in failed.items()}
+
+
+def _together(
+    run: Run, workspace: Workspace, round_plan: Mapping[str, Any], records: Mapping[str, Encoded]
+) -> dict[str, Update]:
+    """Train these clients together."""
+    round, clients = round_plan["round"], tuple(records)
+    if not clients:
+        return {}
     work = CohortWork(
         round=round,
         clients=clients,
-        records=[workspace.records(client) for client in clients],
+        records=list(records.values()),
         starts=client_starts(run, workspace, round, round_plan, clients),
         trained=workspace.trained,
         query=round_plan["query"],
@@ -136,11 +171,26 @@ def client_facts(run: Run, workspace: Workspace, round: int, state: GlobalState,
     )
 
 
-def _listed(run: Run, round: int, client: str, update: Update) -> dict[str, Any]:
-    """Write what a client sends and what it keeps; return their names, digests and facts."""
-    secure = run.settings.federation.secure_aggregation
-    # What else the client knows, with secure aggregation it tells nobody.
-    entry = {"outbox": put(run, round, client, update.tensors)} if secure else _sent(run, round, client, update)
+def _listed(run: Run, round_plan: Mapping[str, Any], client: str, update: Update, trouble: Trouble) -> dict[str, Any]:
+    """Write what a client sends and what it keeps; return their names, digests and facts, or why there is nothing."""
+    stale = inside(run.work_dir(round_plan["round"]) / "updates", f"{client}.safetensors")
+    with storage(stale):
+        stale.unlink(missing_ok=True)  # of an attempt before, in which it may have sent something
+    if update.failed is not None:
+        return {"failed": update.failed, "spent": update.spent}
+    round, secure = round_plan["round"], run.settings.federation.secure_aggregation
+    update = as_sent(run, round_plan, client, update, trouble)
+    if reason := lost_before_sending(run, client, trouble):
+        entry: dict[str, Any] = {"failed": reason, "spent": True}
+    elif secure:
+        # What else the client knows, with secure aggregation it tells nobody.
+        entry = {"outbox": put(run, round, client, update.tensors)}
+    else:
+        entry = _sent(run, round, client, update)
+        if trouble.kind(client) == "digest" and run.plan.central is None:
+            # What arrives is another file than the one that was listed.
+            entry |= {"announced": entry["sha256"]}
+            entry |= _sent(run, round, client, replace(update, tensors=spoilt(update.tensors, "digest")))
     if update.loss is not None:
         entry["diagnostics"] = {"loss": update.loss}
     if update.kept:
@@ -166,15 +216,19 @@ def _sent(run: Run, round: int, client: str, update: Update) -> dict[str, Any]:
     return entry
 
 
-def _intact(run: Run, path: Path, clients: Sequence[str], query: str) -> bool:
-    """Say whether a cohort's listing is there, of this query, and whole with all its updates."""
+def _intact(run: Run, path: Path, clients: Sequence[str], round_plan: Mapping[str, Any]) -> bool:
+    """Say whether a cohort's listing is there, of this query and attempt, and whole with all its updates."""
     listing = readable(path)
-    if listing is None or listing.get("query") != query:
+    if listing is None or listing.get("query") != round_plan["query"]:
+        return False
+    if listing.get("attempt", 1) != 1 + failed_attempts(run, round_plan):
         return False
     try:
         for client in clients:
             entry = listing["updates"][client]
-            if "outbox" in entry:
+            if "failed" in entry:
+                pass  # nothing was sent
+            elif "outbox" in entry:
                 take(run, client, entry["outbox"])
             else:
                 read_tensors(inside(path.parent, entry["file"]), entry["sha256"])
