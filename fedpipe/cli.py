@@ -240,6 +240,33 @@ def verify(path: Path, delta: float | None) -> None:
 
 
 @main.command()
+@click.argument("runs", nargs=-1, metavar="[RUN]...")
+@click.option("--all", "everything", is_flag=True, help="Also the runs that were trained with tracking.uri null.")
+@click.option("--list", "listing", is_flag=True, help="Only say what waits, by what is noted beside each run.")
+@_with_settings
+def sync(runs: tuple[str, ...], everything: bool, listing: bool, params: Path, overrides: tuple[str, ...]) -> None:
+    """Record in MLflow what it lacks of RUNs, by default of all that were to be recorded; nothing appears twice."""
+    from fedpipe.errors import StateError
+    from flows import recording
+
+    settings, project = _open(params, overrides)
+    code = 0
+    for run in recording.chosen(project, runs, everything):
+        lacked = recording.missing(run)
+        if listing:
+            click.echo(f"{run.root.name}: {f'lacks {lacked}' if lacked else 'has all'}")
+            continue
+        try:
+            click.echo(f"{run.root.name}: {recording.sync(run, project, settings.tracking)}")
+        except StateError as error:  # one run that is in use or damaged does not hold up the others
+            click.echo(f"error: {hide_password(str(error))}", err=True)
+            code = error.exit_code
+        else:
+            code = code or (4 if recording.missing(run) else 0)
+    sys.exit(code)
+
+
+@main.command()
 @_with_settings
 def doctor(params: Path, overrides: tuple[str, ...]) -> None:
     """Check versions, disk, stores, data and device, and say what to do about each."""

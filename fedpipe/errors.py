@@ -52,6 +52,18 @@ class TrainingError(FedpipeError):
     exit_code = 5
 
 
+class ShortRoundError(FedpipeError):
+    """Too few clients of a round were of use. Nothing was aggregated, and the round may be tried again."""
+
+
+class QuorumError(TrainingError, ShortRoundError):
+    """Fewer updates are usable than the quorum asks for."""
+
+
+class SumStoppedError(PrivacyError, ShortRoundError):
+    """Too few clients stayed to the end of a secure sum; nothing was opened."""
+
+
 def nearest(word: str, valid: Iterable[str]) -> str:
     """Return a half sentence with the nearest valid name, or all of them.
 

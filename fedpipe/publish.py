@@ -18,6 +18,7 @@ from fedpipe.models.structure import exported, of_context
 from fedpipe.privacy.ledger import EVERY, summary
 from fedpipe.privacy.neighbours import adjacency_of
 from fedpipe.project import Project
+from fedpipe.server.attacks import malicious
 from fedpipe.state import Run
 from fedpipe.steps.evaluating import final_models
 from fedpipe.workspace import Workspace, open_workspace
@@ -106,6 +107,19 @@ def left_out(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {"skipped": skipped, "excluded": excluded}
 
 
+def refused_updates(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """Return the updates that were not used: number of a round -> client -> why."""
+    return {str(record["round"]): record["refused"] for record in records if record.get("refused")}
+
+
+def _attack(run: Run) -> dict[str, Any] | None:
+    """Return the attack that was simulated, and by whom; None where there was none."""
+    attack = run.settings.federation.attack
+    if attack.kind is None:
+        return None
+    return {**dict(attack), "clients": list(malicious(attack, run.settings.seed, list(run.plan.clients)))}
+
+
 def diagnosed(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
     """Return the training losses by round, which no noise protects; None where none were kept."""
     found = [{"round": record["round"], **record["diagnostics"]} for record in records if "diagnostics" in record]
@@ -177,6 +191,7 @@ def _metrics(run: Run, workspace: Workspace, records: list[dict[str, Any]]) -> d
         "diagnostics": run.diagnostics,
         "rounds_skipped": len(kept_back["skipped"]),
         "clients_excluded": len(kept_back["excluded"]),
+        **_hostility(run, records),
         "dp_valid": run.dp_valid,
         "unit": run.plan.unit,
         "adjacency": run.plan.adjacency,
@@ -185,6 +200,15 @@ def _metrics(run: Run, workspace: Workspace, records: list[dict[str, Any]]) -> d
         "bytes_up": sum(record["bytes_up"] for record in records[1:]),
         "bytes_down": sum(record["bytes_down"] for record in records[1:]),
     }
+
+
+def _hostility(run: Run, records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return how many updates were not used, where that may be told, and who attacked, where anybody did."""
+    attack = _attack(run)
+    found: dict[str, Any] = {"attack": attack["kind"], "attackers": len(attack["clients"])} if attack else {}
+    if run.plan.central is None:
+        found["updates_refused"] = sum(map(len, refused_updates(records).values()))
+    return found
 
 
 def _facts(
@@ -205,6 +229,8 @@ def _facts(
         "finished": _finished(run),
         "dp_valid": run.dp_valid,
         "budget": left_out(records),
+        "refused": refused_updates(records),
+        "attack": _attack(run),
         "diagnostics": diagnosed(records),
         "mlflow": mlflow,
         "trainable_parameters": sum(s.numel for s in workspace.model.specs if s.name in workspace.trained),

@@ -238,7 +238,8 @@ class Run:
                 holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
                 raise StateError(f"{self.root}: in use by {holder}; wait for it, or stop it and run again") from None
             os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
             yield
         finally:
             os.close(handle)

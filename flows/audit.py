@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.artifacts import create_table_artifact
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from fedpipe.audits.verdict import check, measures
@@ -23,6 +22,8 @@ from fedpipe.listing.overview import printed
 from fedpipe.state import Run
 from fedpipe.terminal import Progress, make_progress
 from fedpipe.tracking import BackgroundTracker, RunDescription, Tracker
+from flows import embedded
+from flows.artifacts import show_table
 from flows.describe import describe, header
 from flows.federated import all_rounds
 from tasks import audits, data
@@ -61,6 +62,7 @@ def audit(
             progress.close()
     print(printed(lambda width: shown(result)), flush=True)
     check(result)
+    embedded.done.set()
     return result
 
 
@@ -94,7 +96,7 @@ def _concluded(run: Run) -> dict[str, Any]:
 
 def _log(run: Run, tracker: Tracker, result: dict[str, Any]) -> None:
     reports = Path(audits.write(str(run.root), result))
-    create_table_artifact(table=[dict(zip(("what", "value"), row, strict=True)) for row in rows(result)], key="audit")
+    show_table([dict(zip(("what", "value"), row, strict=True)) for row in rows(result)], "audit")
     tracker.log_round(run.plan.rounds, measures(result))
     tracker.tag({"fedpipe.audit": "violated" if result["violated"] else "passed"})
     tracker.log_reports(reports)
@@ -103,8 +105,8 @@ def _log(run: Run, tracker: Tracker, result: dict[str, Any]) -> None:
 def _described(run: Run) -> RunDescription:
     """Return what MLflow is told: the audited run under a name and a tag that nobody takes for an ordinary one."""
     usual = describe(run)
-    name = f"audit-{usual.run_id}"
-    return dataclasses.replace(usual, run_id=name, tags={**usual.tags, "fedpipe.audit": "under way"})
+    name, tags = f"audit-{usual.run_id}", {**usual.tags, "fedpipe.audit": "under way"}
+    return dataclasses.replace(usual, run_id=name, tags=tags, again="fedpipe audit, with the same options")
 
 
 def _place(run: Run) -> str:

@@ -103,6 +103,7 @@ def describe(run: Run) -> RunDescription:
             "fedpipe.diagnostics": str(run.diagnostics).lower(),
             "fedpipe.backbone_digest": workspace.backbone.digest,
             "fedpipe.code_digest": info["parts"]["code"],
+            **({"fedpipe.attack": attack} if (attack := run.settings.federation.attack.kind) else {}),
             **({"mlflow.source.git.commit": info["git_commit"]} if info["git_commit"] else {}),
         },
         dataset_name=run.settings.data.source,

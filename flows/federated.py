@@ -8,12 +8,11 @@ on when the flow is started again, by whatever means.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefect import flow, runtime
-from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from fedpipe.config import TrackingSettings, load_settings
@@ -21,9 +20,13 @@ from fedpipe.errors import FedpipeError
 from fedpipe.project import Project
 from fedpipe.publish import round_row
 from fedpipe.state import Run
+from fedpipe.steps import tried
 from fedpipe.terminal import Progress, make_progress
 from fedpipe.tracking import BackgroundTracker, Tracker
-from flows.describe import describe, exclusions, header, places, round_metrics, skipped_rounds, summarise
+from flows import embedded
+from flows.artifacts import begin_bar, move_bar, show_table
+from flows.describe import describe, exclusions, header, places, skipped_rounds
+from flows.recording import record_adapter, record_round
 from tasks import data, rounds
 
 
@@ -100,30 +103,31 @@ def _experiment(
     run.finish(metrics)
     summary = {**metrics, **places(run, project), "skipped": skipped_rounds(run), "mlflow": info or None}
     progress.finish(summary)
+    embedded.done.set()
     return summary
 
 
 def all_rounds(run: Run, tracker: Tracker, progress: Progress, artifacts: bool = True) -> None:
     """Do the rounds that are not done, and record all of them; their files too, if `artifacts`."""
     done = run.completed_rounds()
-    bar = create_progress_artifact(progress=100 * done / run.plan.rounds, key="rounds-done", description=run.root.name)
+    bar = begin_bar(100 * done / run.plan.rounds, run.root.name)
     for number in range(done + 1):
         # What was recorded just before a crash may not have been logged.
-        tracker.log_round(number, round_metrics(run.round_record(number)), run.round_dir(number) if artifacts else None)
+        record_round(run, number, tracker, artifacts)
     told: set[str] = set()
     for number in range(done + 1, run.plan.rounds + 1):
         record = _round(run, number, progress, told)
-        tracker.log_round(number, round_metrics(record), run.round_dir(number) if artifacts else None)
+        record_round(run, number, tracker, artifacts)
         progress.round_done(number, round_row(record))
-        update_progress_artifact(bar, 100 * number / run.plan.rounds)
+        move_bar(bar, 100 * number / run.plan.rounds)
     rows = [round_row(run.round_record(number)) for number in range(run.plan.rounds + 1)]
-    create_table_artifact(table=rows, key="rounds", description=run.root.name)
+    show_table(rows, "rounds", run.root.name)
 
 
 def _publish(run: Run, project: Project, tracker: Tracker, standalone: bool) -> dict[str, Any]:
     run_dir = str(run.root)
     metrics = rounds.publish(run_dir, None)
-    tracker.log_final(round_metrics(run.round_record(run.plan.rounds)), project.adapter, summarise(run, metrics))
+    record_adapter(run, metrics, project.adapter, tracker)
     if tracker.info:
         # Once more, now that the logged model has an id that the reports can name.
         rounds.publish(run_dir, tracker.info)
@@ -142,7 +146,18 @@ def _round(run: Run, number: int, progress: Progress, told: set[str]) -> dict[st
         progress.note(note)
     if cohorts and plan["cost"]:
         progress.round_begins(number, plan["cost"]["epsilon_before"], plan["cost"]["epsilon_after"])
-    total, clients = sum(map(len, cohorts)), 0
+    aggregated = tried(
+        run.settings.federation,
+        lambda: _attempt(run, number, cohorts, progress),
+        told=lambda reason: progress.note(f"tried again: {reason}"),
+    )
+    metrics = rounds.evaluate(run_dir, number, aggregated)
+    return rounds.record(run_dir, number, aggregated, metrics, time.monotonic() - started)
+
+
+def _attempt(run: Run, number: int, cohorts: Sequence[Sequence[str]], progress: Progress) -> dict[str, Any]:
+    """Train the cohorts of a round that are not trained, and aggregate."""
+    run_dir, total, clients = str(run.root), sum(map(len, cohorts)), 0
     futures = [rounds.train_cohort.submit(run_dir, number, cohort) for cohort in range(len(cohorts))]
     listed = []
     for future, members in zip(futures, cohorts, strict=True):
@@ -151,6 +166,4 @@ def _round(run: Run, number: int, progress: Progress, told: set[str]) -> dict[st
         progress.clients_done(number, clients, total)
     if listed and run.settings.federation.secure_aggregation:
         listed = [rounds.sum_updates(run_dir, number, listed)]
-    aggregated = rounds.aggregate(run_dir, number, listed)
-    metrics = rounds.evaluate(run_dir, number, aggregated)
-    return rounds.record(run_dir, number, aggregated, metrics, time.monotonic() - started)
+    return rounds.aggregate(run_dir, number, listed)

@@ -22,6 +22,10 @@ PROJECT_DEFAULTS: Mapping[str, str] = {
 }
 TERMINAL_DEFAULTS: Mapping[str, str] = {
     "DO_NOT_TRACK": "1",
+    # A server that is gone or hangs costs a minute or three at the end, not ten.
+    "PREFECT_API_REQUEST_TIMEOUT": "10",
+    "PREFECT_CLIENT_MAX_RETRIES": "2",
+    "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",  # else every event that it does not take is an error on the terminal
     # The progress bar owns the terminal. Prefect's API still receives every log line.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tiny import make_project
 
 from fedpipe.config import Settings
 from fedpipe.project import Project
-from fedpipe.workspace import Workspace
+from fedpipe.workspace import Workspace, forget_workspaces
 
 # The same code gives the same result; FEDPIPE_EXPLORE=1 draws examples that were never tried.
 hypothesis_settings.register_profile("steady", derandomize=True)
@@ -29,6 +30,20 @@ hypothesis_settings.load_profile("explore" if os.environ.get("FEDPIPE_EXPLORE") 
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Settings]:
     """A tiny project that tests read and must not write to."""
     return make_project(tmp_path_factory.mktemp("tiny") / "project")
+
+
+@pytest.fixture
+def tiny_copy(tiny: tuple[Project, Settings], tmp_path: Path) -> Project:
+    """The tiny project, for a test that writes to it."""
+    shutil.copytree(tiny[0].root, tmp_path / "copy")
+    return Project(tmp_path / "copy")
+
+
+@pytest.fixture
+def fresh_process() -> Iterator[None]:
+    """Forget what this process keeps of runs, after the test, as a new process would begin."""
+    yield
+    forget_workspaces()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import csv
 import io
 import itertools
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +36,8 @@ from fedpipe.steps.skipping import skip_reason
 from fedpipe.terminal import LiveProgress
 from flows.describe import exclusions, round_metrics, skipped_rounds
 
+pytestmark = pytest.mark.usefixtures("fresh_process")
+
 DELTA = 1e-5
 GONE = "no client has budget left for it"
 CAP = "6 of 6 noisy steps are spent; a round takes 2"
@@ -51,15 +52,8 @@ def settings(tiny: tuple[Project, Settings]) -> Settings:
 
 
 @pytest.fixture
-def project(tiny: tuple[Project, Settings], tmp_path: Path) -> Project:
-    shutil.copytree(tiny[0].root, tmp_path / "copy")
-    return Project(tmp_path / "copy")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_process() -> Iterator[None]:
-    yield
-    workspace.forget_workspaces()
+def project(tiny_copy: Project) -> Project:
+    return tiny_copy
 
 
 def started(project: Project, settings: Settings, rounds: int) -> Run:

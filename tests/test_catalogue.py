@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from fedpipe.publish import publish
 from fedpipe.state import Run
 from fedpipe.steps.common import round_facts
 from fedpipe.workspace import open_workspace
+
+pytestmark = pytest.mark.usefixtures("fresh_process")
 
 PRIVATE = [name for name, method in CATALOGUE.items() if method.private]
 CASES = [*((name, "record") for name in PRIVATE), *((name, "none") for name in CATALOGUE)]
@@ -70,12 +72,6 @@ def finished(made: tuple[Project, Settings], tmp_path_factory: pytest.TempPathFa
         return known[name, unit]
 
     return run_of
-
-
-@pytest.fixture(autouse=True)
-def _fresh_process() -> Iterator[None]:
-    yield
-    workspace.forget_workspaces()
 
 
 def copied(project: Project, path: Path) -> Project:

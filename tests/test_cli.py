@@ -19,7 +19,7 @@ from commands import Done, Fault, fedpipe, new_project, start
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 # What a run says of itself before a mistake can show.
-PROGRESS = re.compile(r"run la-lora|NOT PRIVATE|a new run; since|resumed|round \d")
+PROGRESS = re.compile(r"run la-lora|NOT PRIVATE|a new run; since|resumed|(before )?round \d")
 
 
 def mistakes(done: Done, *patterns: str, code: int = 2) -> None:
@@ -246,17 +246,31 @@ class TestTraining:
 
     def test_numbers_that_are_none(self, project: Path) -> None:
         done = fedpipe(project, "run", *overridden("optimizer.lr=1e38", "optimizer.weight_decay=10"))
-        mistakes(done, r"(diverged|no longer finite).*; lower optimizer\.lr or lr_head", code=5)
+        *refused, last = [line for line in done.err.splitlines() if not PROGRESS.match(line)]
+        assert all(re.match(r"WARNING: round 1, client c00\d: ", line) for line in refused)
+        assert re.match(r"error: .*(diverged|no longer finite).*; lower optimizer\.lr or lr_head$", last)
+        assert (done.code, done.out) == (5, "")
 
 
 class TestStores:
-    def test_a_tracking_server_that_does_not_answer(self, project: Path) -> None:
-        done = fedpipe(project, "run", *overridden("tracking.uri=http://127.0.0.1:9"))
-        mistakes(done, r"tracking\.uri: .*http://127\.0\.0\.1:9 cannot be used: .*--set tracking\.uri=null", code=4)
+    @pytest.mark.parametrize(
+        ("uri", "why"),
+        [
+            ("http://127.0.0.1:9", "the server does not answer (Connection refused)"),
+            ("sqlite:////proc/none/mlflow.db", "[Errno 2] No such file or directory: '/proc/none'"),
+        ],
+    )
+    def test_a_tracking_store_that_is_away(self, project: Path, uri: str, why: str) -> None:
+        done = fedpipe(project, "run", *overridden(f"tracking.uri={uri}"))
+        assert done.code == 0
+        first, last = [line for line in done.err.splitlines() if line.startswith("WARNING")]
+        assert first == f"WARNING: MLflow does not take what is recorded: {why}. The run goes on; it is tried again"
+        assert f"({why}): kept in the run's directory; 'fedpipe sync' records it" in last
 
-    def test_a_database_where_nobody_can_write(self, project: Path) -> None:
-        done = fedpipe(project, "run", *overridden("tracking.uri=sqlite:////proc/none/mlflow.db"))
-        mistakes(done, r"tracking\.uri: .*sqlite:////proc/none/mlflow\.db cannot be used: .*", code=4)
+    def test_a_tracking_store_that_is_none(self, project: Path) -> None:
+        (project / "text.db").write_text("this is a text, not a database " * 9)
+        done = fedpipe(project, "run", *overridden("tracking.uri=sqlite:///text.db"))
+        mistakes(done, r"tracking\.uri: .*file is not a database.*--set tracking\.uri=null", code=4)
         assert fedpipe(project, "run", *overridden("tracking.uri=null")).code == 0
 
     @pytest.mark.slow
@@ -271,9 +285,11 @@ class TestStores:
     @pytest.mark.slow
     def test_a_prefect_server_that_does_not_answer(self, project: Path) -> None:
         done = real(project, "run", PREFECT_API_URL="http://127.0.0.1:9/api")
-        mistakes(
-            done, r"Prefect's server at http://127\.0\.0\.1:9/api failed: .*or unset PREFECT_API_URL to do without"
-        )
+        assert done.code == 0
+        assert [line for line in done.err.splitlines() if line.startswith("WARNING")] == [
+            "WARNING: Prefect's server at http://127.0.0.1:9/api is away: the server does not answer (Connection "
+            "refused). The run goes on with a server of its own"
+        ]
 
 
 class TestDisk:
@@ -366,7 +382,8 @@ def test_a_second_process_waits_outside(project: Path) -> None:
     assert first.process.is_alive()
     os.kill(first.process.pid, signal.SIGKILL)
     assert first.wait().code == -signal.SIGKILL
-    mistakes(second, rf"in use by process {first.process.pid} on \S+; wait for it, or stop it and run again", code=3)
+    holder = rf"process {first.process.pid} on \S+ since [-\d]+ [:\d]+ UTC"
+    mistakes(second, f"in use by {holder}; wait for it, or stop it and run again", code=3)
 
 
 def test_a_run_is_quiet_and_says_where_things_are(tmp_path: Path) -> None:
@@ -375,9 +392,10 @@ def test_a_run_is_quiet_and_says_where_things_are(tmp_path: Path) -> None:
     done = real(project, "run")
     assert done.code == 0
     lines = done.err.splitlines()
-    assert re.fullmatch(r"run la-lora-\w{10}: la-lora, 3 clients, 3 rounds, epsilon at most 8, on cpu", lines[0])
+    assert re.fullmatch(r"run la-lora-\w{10}: la-lora, 3 clients, 3 rounds, epsilon at most 8 \(.*\), on cpu", lines[0])
     assert lines[1].startswith("NOT PRIVATE: the noise is fixed by privacy.test_key")
-    assert [line[:9] for line in lines[2:]] == ["round 1/3", "round 2/3", "round 3/3"]
+    rounds = [f"{when}round {number}/3" for number in (1, 2, 3) for when in ("before ", "")]
+    assert [line.split("  ")[0] for line in lines[2:]] == rounds
     shown = dict(re.split(r" {2,}", line, maxsplit=1) for line in done.out.splitlines())
     for name in ("adapter", "report", "ledger", "run directory"):
         assert (project / shown[name]).exists()

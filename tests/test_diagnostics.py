@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,8 @@ from fedpipe.report.summary import RunHeader, header_lines, summary_rows
 from fedpipe.state import Run
 from flows.describe import describe, header, round_metrics, summarise
 
+pytestmark = pytest.mark.usefixtures("fresh_process")
+
 BATCHES = [np.array([0, 2, 5]), np.array([], dtype=np.int64), np.array([1, 3, 4, 6])]
 
 
@@ -59,14 +60,8 @@ def copied(tiny: tuple[Project, Settings], path: Path) -> Project:
 
 
 @pytest.fixture
-def project(tiny: tuple[Project, Settings], tmp_path: Path) -> Project:
-    return copied(tiny, tmp_path / "copy")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_process() -> Iterator[None]:
-    yield
-    workspace.forget_workspaces()
+def project(tiny_copy: Project) -> Project:
+    return tiny_copy
 
 
 def finish(project: Project, settings: Settings) -> Run:

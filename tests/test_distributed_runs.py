@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 from test_secure_rounds import trained
 from test_steps import changed, copied
 
-from fedpipe import steps, workspace
+from fedpipe import steps
 from fedpipe.client.lost import Lost
 from fedpipe.config import Settings
 from fedpipe.errors import PrivacyError, SettingsError
@@ -32,13 +31,9 @@ from fedpipe.publish import publish
 from fedpipe.steps import summing
 from fedpipe.steps.summing import Vanished
 
+pytestmark = pytest.mark.usefixtures("fresh_process")
+
 # A run
-
-
-@pytest.fixture(autouse=True)
-def _fresh_process() -> Iterator[None]:
-    yield
-    workspace.forget_workspaces()
 
 
 @pytest.fixture(scope="module")

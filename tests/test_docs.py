@@ -151,7 +151,7 @@ def defaults_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[st
     for name, field in section.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from defaults_of(kind, f"{name}.")
+            yield from defaults_of(kind, f"{prefix}{name}.")
         else:
             yield prefix + name, field.default
 

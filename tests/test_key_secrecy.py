@@ -13,7 +13,6 @@ import os
 import pickle
 import pkgutil
 import re
-import shutil
 import stat
 import sys
 import traceback
@@ -25,7 +24,7 @@ import pytest
 from commands import Fault, fedpipe, new_project, prefect_home
 
 import fedpipe as package
-from fedpipe import steps, workspace
+from fedpipe import steps
 from fedpipe.config import Settings, parse_settings
 from fedpipe.errors import PrivacyError, StateError
 from fedpipe.files import read_json
@@ -37,6 +36,8 @@ from fedpipe.publish import publish
 from fedpipe.report import write_report
 from fedpipe.report.final import evaluate_adapter
 from fedpipe.state import Run
+
+pytestmark = pytest.mark.usefixtures("fresh_process")
 
 CLIENTS = ("c000", "c001", "c002")
 
@@ -84,15 +85,8 @@ def settings(tiny: tuple[Project, Settings]) -> Settings:
 
 
 @pytest.fixture
-def project(tiny: tuple[Project, Settings], tmp_path: Path) -> Project:
-    shutil.copytree(tiny[0].root, tmp_path / "copy")
-    return Project(tmp_path / "copy")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_process() -> Iterator[None]:
-    yield
-    workspace.forget_workspaces()
+def project(tiny_copy: Project) -> Project:
+    return tiny_copy
 
 
 # The search itself

@@ -7,7 +7,7 @@ import functools
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ from fedpipe.server.evaluate import evaluate
 from fedpipe.state import Run
 from fedpipe.steps import training as step_training
 from fedpipe.workspace import PROBE, Workspace
+
+pytestmark = pytest.mark.usefixtures("fresh_process")
 
 CURVED = {"curvature": True, "probe": "public.csv"}
 SPEC = TensorSpec("layer.0.lora_A.weight", (2, 5), "A", "layer.0.lora_A.default", "weight")
@@ -164,12 +166,6 @@ def project(made: tuple[Project, Settings], tmp_path: Path) -> Project:
     shutil.copytree(made[0].root, tmp_path / "copy", ignore=shutil.ignore_patterns("runs"))
     tiny.write_records(tmp_path / "copy" / "public.csv", 12, seed=9)
     return Project(tmp_path / "copy")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_process() -> Iterator[None]:
-    yield
-    workspace.forget_workspaces()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,10 @@ from fedpipe.steps import aggregating, summing
 from fedpipe.steps.skipping import skip_reason
 from fedpipe.steps.summing import Vanished
 
+pytestmark = pytest.mark.usefixtures("fresh_process")
+
 KEY = bytes(range(32))
 CLIENTS = ("c000", "c001", "c002", "c003")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_process() -> Iterator[None]:
-    yield
-    workspace.forget_workspaces()
 
 
 @pytest.fixture(scope="module")

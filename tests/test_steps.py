@@ -8,7 +8,7 @@ import json
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from fedpipe.publish import publish
 from fedpipe.state import Run
 from fedpipe.steps import beginning, preparing
 from fedpipe.steps import training as step_training
+
+pytestmark = pytest.mark.usefixtures("fresh_process")
 
 ROUNDS, STEPS = 3, 2
 OTHER_KEY = "cd" * 32
@@ -67,12 +69,6 @@ def project(tiny: tuple[Project, Settings], tmp_path: Path) -> Project:
 def copied(project: Project, path: Path) -> Project:
     shutil.copytree(project.root, path)
     return Project(path)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_process() -> Iterator[None]:
-    yield
-    workspace.forget_workspaces()
 
 
 def restart() -> None:

@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from fedpipe.server.central import Release
 from fedpipe.state import Run
 from fedpipe.steps import aggregating, beginning, drawing, releasing
 from flows.describe import describe, round_metrics, summarise
+
+pytestmark = pytest.mark.usefixtures("fresh_process")
 
 CLIENTS, ROUNDS, EXPECTED, C = 6, 3, 3, 0.05
 NAMES = tuple(f"c{number:03d}" for number in range(CLIENTS))
@@ -66,12 +68,6 @@ def settings(base: tuple[Project, Settings]) -> Settings:
 def project(base: tuple[Project, Settings], tmp_path: Path) -> Project:
     shutil.copytree(base[0].root, tmp_path / "copy")
     return Project(tmp_path / "copy")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_process() -> Iterator[None]:
-    yield
-    workspace.forget_workspaces()
 
 
 def finish(project: Project, settings: Settings) -> Run:

@@ -15,7 +15,7 @@ class BackgroundTracker(Tracker):
     At most one round is under way: a store that is slow or away holds up what it would have
     held up anyway, and never a long queue at the end. What has no next round to overlap with,
     the end of a run, is recorded at once. A process that is killed loses the round under way,
-    like one killed just before: the next process offers every complete round again.
+    like one killed just before: the next process, or `fedpipe sync`, offers every complete round again.
 
     Parameters
     ----------

@@ -36,6 +36,8 @@ class RunDescription:
         What the partition was made from: a name to show, and a URL, a path or a package.
     dataset_digest
         The DVC hash of the partition, `<md5>.dir`: 36 characters, which is MLflow's limit.
+    again
+        The command that records later what MLflow does not take now.
     """
 
     run_id: str
@@ -44,6 +46,7 @@ class RunDescription:
     dataset_name: str
     dataset_source: str
     dataset_digest: str
+    again: str = "fedpipe sync"
 
     def param_texts(self, longest: int = LONGEST_PARAM) -> dict[str, str]:
         """Return the parameters as MLflow shows them, cut at `longest` characters."""

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fedpipe.tracking.description import LONGEST_MODEL_PARAM, LONGEST_TAG, NOTE_TAG, RunDescription
-from fedpipe.tracking.pending import Entry
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Metric
+
+Entry = dict[str, Any]  # something to record: "kind", and what that kind needs
 
 
 def find_model(client: MlflowClient, info: Mapping[str, str | None]) -> LoggedModel | None:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpipe.config import TrackingSettings
-from fedpipe.errors import SettingsError, StateError, StorageError, hide_password, nearest
+from fedpipe.errors import SettingsError, StateError, hide_password, nearest
+from fedpipe.tracking.reach import BUSY, ask_database, ask_server, reached
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,8 +35,8 @@ _ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -45,10 +46,11 @@ _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 @dataclass(frozen=True)
 class Store:
-    """An open store. `uri` is the one of the settings, with any password hidden."""
+    """An open store. `uri` is the one of the settings, with any password hidden; `address`, what MLflow is given."""
 
     client: MlflowClient
     uri: str
+    address: str
     experiment_id: str
 
 
@@ -86,7 +88,7 @@ def open_store(settings: TrackingSettings) -> Store:
     StateError
         The experiment was deleted in MLflow.
     StorageError
-        The store cannot be reached or read.
+        The store cannot be read; `StoreAwayError` where it only cannot be reached now.
     """
     assert settings.uri is not None
     shown = hide_password(settings.uri)
@@ -95,40 +97,15 @@ def open_store(settings: TrackingSettings) -> Store:
     with reached(shown):
         if settings.uri.startswith(_DATABASES):
             uri, file = _locate(settings.uri, shown)
-            _probe(uri)
+            ask_database(uri, BUSY)
         else:
             uri, file = settings.uri, None
+            if uri.startswith("http"):
+                ask_server(uri)
         with _creation_lock(file):
             client = mlflow.MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
-        return Store(client, shown, _experiment(client, settings.experiment, file))
-
-
-@contextlib.contextmanager
-def reached(shown: str) -> Iterator[None]:
-    """Turn what MLflow, a database driver or the network raise into one clear line."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-        raise StorageError(
-            f"tracking.uri: the MLflow store {shown} cannot be used: {reason(error)}. "
-            "Mend or start it, name another one, or train without it: --set tracking.uri=null"
-        ) from error
-
-
-def reason(error: BaseException) -> str:
-    """Return the first line of an error's message, without passwords and the final stop."""
-    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
-    text = lines[0] if lines else type(error).__name__
-    if "out-of-date database schema" in text:
-        text = "another version of MLflow made it; save a copy, then run 'mlflow db upgrade' with this URI"
-    if "ConnectionPool(" in text:
-        detail = re.search(r"\[Errno -?\d+\] ([^'\")]+)|(timed out)", text)
-        text = f"the server does not answer ({detail[1] or detail[2]})" if detail else "the server does not answer"
-    return hide_password(text).rstrip(".")[:300]
+        return Store(client, shown, uri, _experiment(client, settings.experiment, file))
 
 
 def _check_scheme(uri: str, shown: str) -> None:
@@ -158,19 +135,6 @@ def _locate(uri: str, shown: str) -> tuple[str, Path | None]:
     file = Path(url.database).absolute()
     file.parent.mkdir(parents=True, exist_ok=True)
     return url.set(database=str(file)).render_as_string(hide_password=False), file
-
-
-def _probe(uri: str) -> None:
-    """Connect once; for SQLite, also check that the file is a database that can be written."""
-    import sqlalchemy
-
-    engine = sqlalchemy.create_engine(uri)
-    try:
-        with engine.connect() as connection:
-            if engine.dialect.name == "sqlite":
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
-    finally:
-        engine.dispose()
 
 
 @contextlib.contextmanager

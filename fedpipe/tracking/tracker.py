@@ -20,7 +20,7 @@ class Tracker:
     """
 
     @classmethod
-    def open(cls, settings: TrackingSettings, description: RunDescription, memo: Path) -> Tracker:
+    def open(cls, settings: TrackingSettings, description: RunDescription, memo: Path, patient: bool = True) -> Tracker:
         """Start the record of a run, or go on with the one that an earlier process began.
 
         Parameters
@@ -31,21 +31,20 @@ class Tracker:
             What to tell MLflow about the run.
         memo
             A JSON file in the run's state, which remembers the MLflow run's id. Where it is
-            missing, the run is found by its tag. What MLflow does not take waits beside it.
+            missing, the run is found by its tag. How far MLflow has the run is noted beside it.
+        patient
+            Whether a store that is away is waited for while the run goes on; otherwise it is an error.
 
         Raises
         ------
         SettingsError, StateError, StorageError
-            The URI is wrong, or the store cannot be used. Nothing was trained yet.
+            The URI is wrong, or the store cannot be used, now and later. Nothing was trained yet.
         """
         if settings.uri is None:
             return Tracker()
-        from fedpipe.tracking.run import MlflowTracker
-        from fedpipe.tracking.store import open_store, reached
+        from fedpipe.tracking.recorder import MlflowTracker
 
-        store = open_store(settings)
-        with reached(store.uri):
-            return MlflowTracker(store, description, memo)
+        return MlflowTracker(settings, description, memo, patient)
 
     def log_round(self, round: int, metrics: Mapping[str, float | None], directory: Path | None = None) -> None:
         """Record a round's metrics, and the files in `directory` as artifacts below `rounds/<round>/`.
@@ -75,7 +74,7 @@ class Tracker:
         """Set tags of the run, over those that it has."""
 
     def close(self, status: Status) -> dict[str, str | None]:
-        """Offer once more what is pending, end the MLflow run, and return `info`."""
+        """Offer once more what MLflow lacks, end the MLflow run, and return `info`; say what it still lacks."""
         return self.info
 
     @property

@@ -37,7 +37,7 @@ def few_files(directory: Path) -> Iterator[Path]:
         yield directory
         return
     listings = (read_sealed(path)["updates"] for path in directory.glob("cohort-*.json"))
-    digests = {client: entry["sha256"] for listing in listings for client, entry in listing.items()}
+    digests = {client: entry.get("sha256") for listing in listings for client, entry in listing.items()}
     with tempfile.TemporaryDirectory(prefix="fedpipe-updates-") as name:
         copy = Path(name)
         for path in directory.iterdir():
