@@ -15,8 +15,9 @@ from fedpipe.files import file_digest, write_atomic, write_json, write_tensors
 from fedpipe.models.factors import GlobalState, pairs
 from fedpipe.models.loading import TASK_FILE
 from fedpipe.models.structure import exported, of_context
-from fedpipe.privacy.ledger import EVERY, summary
+from fedpipe.privacy.ledger import EVERY
 from fedpipe.privacy.neighbours import adjacency_of
+from fedpipe.privacy.summary import summary
 from fedpipe.project import Project
 from fedpipe.server.attacks import malicious
 from fedpipe.state import Run

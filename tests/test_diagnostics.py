@@ -15,6 +15,7 @@ import torch
 from commands import fedpipe, new_project
 from mlflow import MlflowClient
 from small import CPU, make_records
+from test_steps import finish
 from tiny import make_backbone
 
 from fedpipe import identity, steps, workspace
@@ -30,11 +31,9 @@ from fedpipe.models.lora import AdaptedModel, build_model
 from fedpipe.models.source import Backbone
 from fedpipe.models.task import TextClassification
 from fedpipe.project import Project
-from fedpipe.publish import publish
 from fedpipe.report import write_report
 from fedpipe.report.final import evaluate_adapter
 from fedpipe.report.summary import RunHeader, header_lines, summary_rows
-from fedpipe.state import Run
 from flows.describe import describe, header, round_metrics, summarise
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -62,14 +61,6 @@ def copied(tiny: tuple[Project, Settings], path: Path) -> Project:
 @pytest.fixture
 def project(tiny_copy: Project) -> Project:
     return tiny_copy
-
-
-def finish(project: Project, settings: Settings) -> Run:
-    run = steps.prepare(project, settings).run
-    for number in range(run.completed_rounds() + 1, run.plan.rounds + 1):
-        steps.run_round(run.root, number)
-    run.finish(publish(run, project))
-    return run
 
 
 # The engines

@@ -17,7 +17,8 @@ import pytest
 from fedpipe.errors import PrivacyError, StateError, StorageError
 from fedpipe.files import canonical_json, digest
 from fedpipe.privacy.accounting import epsilon_prv, epsilon_rdp
-from fedpipe.privacy.ledger import Ledger, LedgerEntry, open_ledger, summary
+from fedpipe.privacy.ledger import Ledger, LedgerEntry, open_ledger
+from fedpipe.privacy.summary import summary
 
 
 def step(client: str = "c000", round: int = 1, step: int = 1, query: str = "q", sigma: float = 1.1, q: float = 0.1):

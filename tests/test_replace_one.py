@@ -20,10 +20,11 @@ from fedpipe.files import canonical_json, digest
 from fedpipe.listing.budget import Budget
 from fedpipe.plan import Plan, make_plan
 from fedpipe.privacy.accounting import REPLACE_ONE, calibrate, epsilon, epsilon_prv, epsilon_rdp
-from fedpipe.privacy.ledger import Ledger, LedgerEntry, summary
+from fedpipe.privacy.ledger import Ledger, LedgerEntry
 from fedpipe.privacy.neighbours import UNITS, adjacency_of, neighbours
 from fedpipe.privacy.planning import calibrated, cost, largest_batch, most_steps, sigmas
 from fedpipe.privacy.recompute import verify_ledger
+from fedpipe.privacy.summary import summary
 from fedpipe.project import Project
 
 DELTA, HISTORY = 1e-5, [(1.0, 0.01, 1000)]

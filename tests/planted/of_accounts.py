@@ -22,7 +22,7 @@ from fedpipe.models.batched import Owners
 from fedpipe.models.task import Encoded
 from fedpipe.privacy.accounting import epsilon_prv
 from fedpipe.privacy.audit import one_run_audit
-from fedpipe.privacy.ledger import summary
+from fedpipe.privacy.summary import summary
 from planted.checks import RARE, check, require
 from planted.world import CLIENTS, CLIP, CPU, Lab, NoGradients, State, unfiltered
 
