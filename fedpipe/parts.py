@@ -12,8 +12,9 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import ValidationError
 
-from fedpipe.config import Section, explain_all
+from fedpipe.config import Section
 from fedpipe.errors import SettingsError, nearest
+from fedpipe.mistakes import explain_all
 
 
 class Part(Section):

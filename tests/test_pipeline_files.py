@@ -31,6 +31,7 @@ SHOWN = {
     "doctor",
     "errors.py",
     "listing",
+    "mistakes.py",
     "project.py",
     "report",
     "terminal.py",

@@ -22,10 +22,11 @@ import pyarrow as pa
 from pydantic import Field, ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from fedpipe.config import Fraction, PositiveInt, Section, Settings, explain_all
+from fedpipe.config import Fraction, PositiveInt, Section, Settings
 from fedpipe.data.federation import AUDIT, MANIFEST, TEST, Federation, write_table
 from fedpipe.errors import DataError, SettingsError, nearest
 from fedpipe.files import digest, private_directory, storage, write_sealed
+from fedpipe.mistakes import explain_all
 from fedpipe.project import Project
 
 WORDS = 8  # of a random canary
