@@ -236,12 +236,15 @@ class RuntimeSettings(Section):
     tokens_per_batch: PositiveInt | Literal["auto"] = "auto"  # bounds memory: padded tokens in one forward pass
     cache_frozen_prefix: Literal["auto"] | bool = "auto"  # keep what the layers below the adapters compute
     cohort_size: PositiveInt | Literal["auto"] = "auto"  # clients trained together in one task
+    # The last rounds whose tensors stay in runs/; null: all. Two at least, so that a damaged one is computed anew.
+    keep_rounds: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
     task_runner: Literal["threads"] = "threads"
 
 
 class TrackingSettings(Section):
     uri: str | None = "sqlite:///mlflow.db"  # null: no tracking
     experiment: str = "fedpipe"
+    artifacts: bool = True  # the states and updates of each round too, beside numbers, final adapter and reports
 
 
 class Settings(Section):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -117,6 +118,7 @@ def write_atomic(path: Path, content: bytes, mode: int = 0o644, durable: bool = 
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
+                fcntl.flock(handle, fcntl.LOCK_EX)  # until it is closed: `sweep` leaves it alone
                 file.write(content)
                 file.flush()
                 os.fchmod(file.fileno(), mode)
@@ -130,6 +132,18 @@ def write_atomic(path: Path, content: bytes, mode: int = 0o644, durable: bool = 
         if durable:
             sync_directory(path.parent)
     return hashlib.sha256(content).hexdigest()
+
+
+def sweep(directory: Path) -> None:
+    """Remove what writers that were killed left in a directory or below: temporaries that no process holds."""
+    for path in directory.rglob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(path)
+            finally:
+                os.close(handle)
 
 
 def sync_directory(path: Path) -> None:

@@ -156,6 +156,14 @@ class Plan:
             return (tuple(sorted(self.clients)),) * self.rounds
         return tuple(tuple(sorted(job.client for job in jobs)) for jobs in self.jobs)
 
+    @cached_property
+    def started_until(self) -> dict[int, int]:
+        """The rounds from whose states late jobs start, each with the last round that such a job is of."""
+        late = {}
+        for round, jobs in enumerate(self.jobs, start=1):
+            late |= {job.start: round for job in jobs if job.start != round - 1}
+        return late
+
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON; a job is the client's name where it is used and not late, else a list."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedpipe.budget import check_spent
 from fedpipe.errors import StateError
-from fedpipe.files import file_digest, write_atomic, write_json, write_tensors
+from fedpipe.files import file_digest, sweep, write_atomic, write_json, write_tensors
 from fedpipe.models.factors import GlobalState, pairs
 from fedpipe.models.loading import TASK_FILE
 from fedpipe.models.structure import exported, of_context
@@ -75,6 +75,8 @@ def publish(run: Run, project: Project, mlflow: Mapping[str, Any] | None = None)
     Everything comes from the run's directory, so it can be written again at any time.
     """
     _, workspace = open_workspace(run.root)
+    for directory in (project.adapter, project.reports):
+        sweep(directory)
     if workspace.federation.canaries:
         raise StateError(f"{run.root}: was trained with the canaries of an audit; its adapter is not released")
     for number in range(1, run.plan.rounds + 1):

@@ -44,6 +44,7 @@ from fedpipe.files import (
     read_tensors,
     steady_digest,
     storage,
+    sweep,
     write_sealed,
 )
 from fedpipe.identity import Identity, changed_keys, git_commit, versions
@@ -52,8 +53,9 @@ from fedpipe.plan import Plan
 from fedpipe.privacy.keys import Key, destroy_key, new_key, read_key, write_key
 from fedpipe.privacy.ledger import Ledger, open_ledger
 from fedpipe.privacy.neighbours import adjacency_of
+from fedpipe.privacy.noise import key_id
 
-_INFO = {"run_id", "identity", "query", "parts", "settings", "plan_sha256", "dp_valid", "test_key"}
+_INFO = {"run_id", "identity", "query", "parts", "settings", "plan_sha256", "key", "dp_valid", "test_key"}
 _INFO |= {"git_commit", "versions", "started"}
 
 
@@ -65,7 +67,8 @@ class Run:
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        info = read_sealed(self.root / "run.json")
+        with _irreplaceable():
+            info = read_sealed(self.root / "run.json")
         if missing := _INFO - info.keys():
             raise StateError(f"{self.root / 'run.json'}: damaged, or of another version: lacks '{min(missing)}'")
         return info
@@ -78,7 +81,8 @@ class Run:
 
     @cached_property
     def plan(self) -> Plan:
-        return _plan(self.root / "plan.json", self.info["plan_sha256"])
+        with _irreplaceable():
+            return _plan(self.root / "plan.json", self.info["plan_sha256"])
 
     @property
     def dp_valid(self) -> bool:
@@ -96,10 +100,22 @@ class Run:
 
     @property
     def key(self) -> bytes:
-        """The key of all streams; without privacy it is public, and made from the seed."""
+        """The key of all streams; without privacy it is public, and made from the seed.
+
+        Raises
+        ------
+        StateError
+            It is not the one that the run began with: under it, all that was drawn would be drawn, and spent, anew.
+        """
         if not self.plan.private:
             return hashlib.sha256(f"fedpipe without privacy {self.settings.seed}".encode()).digest()
-        return read_key(self.key_path)
+        key = read_key(self.key_path)
+        if key_id(key) != self.info["key"]:
+            raise StateError(
+                f"{self.key_path}: damaged: is not the key that the run began with; restore it from a copy. Without "
+                "one the run cannot go on: remove its directory to start anew, which spends privacy again"
+            )
+        return key
 
     @property
     def ledger_path(self) -> Path:
@@ -139,9 +155,16 @@ class Run:
         try:
             return _read_once(path, steady_digest(path))
         except StateError as error:
-            raise StateError(
-                f"{error}; delete {path.parent} and all later rounds and run again: they are computed anew"
-            ) from None
+            raise StateError(f"{error}; {self._repair(round, 'and all later rounds ')}") from None
+
+    def _repair(self, round: int, others: str = "") -> str:
+        """Say how a damaged round comes back: it is computed anew, as long as the state before it is kept."""
+        if round > 0 and not self.adapter_path(round - 1).exists():
+            return (
+                "restore it from a copy: the state before it is no longer kept (runtime.keep_rounds), so the round "
+                "cannot be computed anew"
+            )
+        return f"delete {self.round_dir(round)} {others}and run again: it is computed anew"
 
     def completed_rounds(self) -> int:
         """Return the number of the last complete round: -1 before the start state is there."""
@@ -190,12 +213,8 @@ class Run:
         try:
             return read_tensors(inside(self.root, entry["file"]), entry["sha256"])
         except StateError as error:
-            again = (
-                f"delete {self.round_dir(entry['round'])} and all later rounds and run again"
-                if "round" in entry
-                else "run again"
-            )
-            raise StateError(f"{error}; {again}: it is computed anew") from None
+            again = self._repair(entry["round"], "and all later rounds ") if "round" in entry else "run again"
+            raise StateError(f"{error}; {again}") from None
 
     def _tensors(self, round: int, path: Path, key: str) -> dict[str, Tensor]:
         record = self.round_record(round)
@@ -206,7 +225,10 @@ class Run:
         try:
             return read_tensors(path, record[key])
         except StateError as error:
-            raise StateError(f"{error}; delete {self.round_dir(round)} and run again: it is computed anew") from None
+            keep = self.settings.runtime.keep_rounds
+            if keep is not None and 0 < round <= self.completed_rounds() - keep:
+                raise StateError(f"{path}: is not kept: runtime.keep_rounds is {keep}") from None
+            raise StateError(f"{error}; {self._repair(round)}") from None
 
     @property
     def complete(self) -> bool:
@@ -216,6 +238,9 @@ class Run:
         """Mark the run complete and destroy its noise key."""
         write_sealed(self.root / "complete.json", summary)
         shutil.rmtree(self.root / "confidential", ignore_errors=True)
+        with storage(self.root):
+            for path in self.root.glob("clients/*/outbox-*.safetensors"):
+                path.unlink()  # of a last round that was recorded just before a crash
         if self.key_path.exists():
             destroy_key(self.key_path)
 
@@ -240,6 +265,7 @@ class Run:
             os.ftruncate(handle, 0)
             since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+            sweep(self.root)
             yield
         finally:
             os.close(handle)
@@ -305,6 +331,7 @@ def _create(run: Run, previous: Run | None, identity: Identity, settings: Settin
             "parts": identity.parts,
             "settings": values,
             "plan_sha256": plan_sha256,
+            "key": key_id(read_key(run.key_path)) if plan.private else None,
             "dp_valid": plan.private and settings.privacy.test_key is None,
             "test_key": settings.privacy.test_key is not None,
             "git_commit": git_commit(Path.cwd()),
@@ -320,6 +347,18 @@ def _create(run: Run, previous: Run | None, identity: Identity, settings: Settin
 
 def _new_ledger(run: Run, identity: Identity, plan: Plan) -> Ledger:
     return Ledger(run.ledger_path, identity.run_id, plan.unit, adjacency_of(plan.adjacency))
+
+
+@contextlib.contextmanager
+def _irreplaceable() -> Iterator[None]:
+    """Say what to do about a file that cannot be computed again."""
+    try:
+        yield
+    except StateError as error:
+        raise StateError(
+            f"{error}; restore it from a copy. Without one, move the run's directory away and start anew, which "
+            "spends privacy again"
+        ) from None
 
 
 @functools.lru_cache(maxsize=2)

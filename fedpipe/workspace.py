@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -46,7 +47,7 @@ from fedpipe.identity import code_digest
 from fedpipe.methods import Method, compose
 from fedpipe.models.factors import LowRank
 from fedpipe.models.layers import Structure
-from fedpipe.models.lora import AdaptedModel, build_model
+from fedpipe.models.lora import AdaptedModel, build_model, positions
 from fedpipe.models.source import Backbone, open_backbone
 from fedpipe.models.task import Encoded, Task, load_tokenizer, make_task
 from fedpipe.project import Project
@@ -182,10 +183,27 @@ class Workspace:
         """Return a client's encoded records, with None the test records, with `PROBE` the public ones."""
         with self._lock:
             self._encode()
-            if client not in self._encoded:
-                dataset = self._dataset(client)
-                self._encoded[client] = self.task.encode(dataset, self._tokenizer, self.settings.data.max_length)
-            return self._encoded[client]
+            return self._plain(client)
+
+    def _plain(self, client: str | None) -> Encoded:
+        if client not in self._encoded:
+            dataset = self._dataset(client)
+            records = self.task.encode(dataset, self._tokenizer, self.settings.data.max_length)
+            self._encoded[client] = replace(records, room=self._room)
+        return self._encoded[client]
+
+    def prefix_bytes(self) -> int:
+        """Return how large what is still to be written of the frozen layers' output will be; nothing is computed."""
+        with self._lock:
+            cut = None if self._prepared else self._wanted_cut()
+            if cut is None or self._prefix_path(cut).exists():
+                return 0
+            return 4 * hidden_size(self.model) * sum(len(self._plain(name).tokens) for name in self._everybody)
+
+    @cached_property
+    def _room(self) -> int:
+        longest, most = self.settings.data.max_length, positions(self.model.model)
+        return longest if most is None else min(longest, most)
 
     def _dataset(self, client: str | None) -> Dataset:
         if client == PROBE:
@@ -216,14 +234,23 @@ class Workspace:
             return
         self._prepared = True
         check_apart(self.model.to_batched(), self.records(None), self.device)
-        cut = find_cut(self.model.specs)
-        if cut is not None and self.settings.runtime.engine == "cohort" and self._prefix_pays(cut):
+        cut = self._wanted_cut()
+        if cut is not None:
             self._cut_off(cut)
+
+    def _wanted_cut(self) -> Cut | None:
+        cut = find_cut(self.model.specs)
+        pays = cut is not None and self.settings.runtime.engine == "cohort" and self._prefix_pays(cut)
+        return cut if pays else None
+
+    @property
+    def _everybody(self) -> tuple[str | None, ...]:
+        """Whose records there are: all clients', the test's, and the public ones."""
+        return (*self.federation.clients, None, *((PROBE,) if self.probe.digest else ()))
 
     def _cut_off(self, cut: Cut) -> None:
         """Compute or read the frozen layers' output, and go without these layers from now on."""
-        public = (PROBE,) if self.probe.digest else ()
-        parts = {name: self.records(name) for name in (*self.federation.clients, None, *public)}
+        parts = {name: self._plain(name) for name in self._everybody}
         whole, path = Encoded.join(list(parts.values())), self._prefix_path(cut)
         prefix = read_prefix(path, len(whole.tokens))
         if prefix is None:

@@ -20,7 +20,7 @@ from fedpipe.errors import FedpipeError
 from fedpipe.project import Project
 from fedpipe.publish import round_row
 from fedpipe.state import Run
-from fedpipe.steps import tried
+from fedpipe.steps import forget_rounds, tried
 from fedpipe.terminal import Progress, make_progress
 from fedpipe.tracking import BackgroundTracker, Tracker
 from flows import embedded
@@ -92,7 +92,7 @@ def _experiment(
     tracker = BackgroundTracker(Tracker.open(tracking, describe(run), run.root / "mlflow.json"))
     status = "FAILED"
     try:
-        all_rounds(run, tracker, progress)
+        all_rounds(run, tracker, progress, tracking.artifacts)
         metrics = _publish(run, project, tracker, standalone)
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -100,6 +100,7 @@ def _experiment(
         raise
     finally:
         info = tracker.close(status)
+    forget_rounds(run.root, run.plan.rounds, tracker.recorded if tracking.artifacts else None)
     run.finish(metrics)
     summary = {**metrics, **places(run, project), "skipped": skipped_rounds(run), "mlflow": info or None}
     progress.finish(summary)
@@ -108,16 +109,21 @@ def _experiment(
 
 
 def all_rounds(run: Run, tracker: Tracker, progress: Progress, artifacts: bool = True) -> None:
-    """Do the rounds that are not done, and record all of them; their files too, if `artifacts`."""
+    """Do the rounds that are not done, and record all of them; their files too, if `artifacts`.
+
+    Tensors that are to be recorded are not deleted before they are.
+    """
     done = run.completed_rounds()
     bar = begin_bar(100 * done / run.plan.rounds, run.root.name)
     for number in range(done + 1):
         # What was recorded just before a crash may not have been logged.
         record_round(run, number, tracker, artifacts)
+    forget_rounds(run.root, done, tracker.recorded if artifacts else None)
     told: set[str] = set()
     for number in range(done + 1, run.plan.rounds + 1):
         record = _round(run, number, progress, told)
         record_round(run, number, tracker, artifacts)
+        forget_rounds(run.root, number, tracker.recorded if artifacts else None)
         progress.round_done(number, round_row(record))
         move_bar(bar, 100 * number / run.plan.rounds)
     rows = [round_row(run.round_record(number)) for number in range(run.plan.rounds + 1)]

@@ -99,7 +99,7 @@ def sync(run: Run, project: Project, tracking: TrackingSettings) -> str:
             return "no round is complete yet"
         tracker = Tracker.open(tracking, _description(run, project), run.root / "mlflow.json", patient=False)
         for number in range(lacked.last + 1):
-            record_round(run, number, tracker)
+            record_round(run, number, tracker, tracking.artifacts)
         if run.complete and not _record_end(run, project, tracker):
             said = "; its adapter and reports are no longer in the project: run its settings again to publish them"
         tracker.close("FINISHED" if run.complete else "KILLED")

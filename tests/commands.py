@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 import urllib.request
 from dataclasses import dataclass
 from functools import lru_cache
@@ -50,8 +51,9 @@ class Fault:
     """What happens at the `number`-th call of `function` in `module` (counted from 1): before it, or after it.
 
     `kind` is the name of a signal or of an errno (SIGKILL, SIGINT, ENOSPC, EROFS), or BUG, an exception that nobody
-    expects, or SKIP: the call does nothing. A signal comes once; the others come at every later call too, if they
-    are `lasting`.
+    expects, or SKIP: the call does nothing, or TORN: it is given half of its bytes, and then the process is killed, or
+    BACK: from then on the clock goes an hour after the right one. A signal comes once; the others come at every later
+    call too, if they are `lasting`.
     """
 
     module: str
@@ -199,6 +201,13 @@ def _main(directory: Path, output: Path, arguments: tuple[str, ...], fault: Faul
     main(list(arguments), prog_name="fedpipe")
 
 
+def _turn_back(seconds: int) -> None:
+    """Make the clock that Python reads go behind, as after a correction by hand or by a server of the time."""
+    second, nanosecond = time.time, time.time_ns
+    time.time = lambda: second() - seconds
+    time.time_ns = lambda: nanosecond() - seconds * 10**9
+
+
 def _inject(fault: Fault) -> None:
     module: Any = importlib.import_module(fault.module)
     original, calls = getattr(module, fault.function), 0
@@ -208,6 +217,8 @@ def _inject(fault: Fault) -> None:
             os.kill(os.getpid(), getattr(signal, fault.kind))
         elif fault.kind == "BUG":
             raise RuntimeError("an injected fault")
+        elif fault.kind == "BACK":
+            _turn_back(3600)
         else:
             raise OSError(getattr(errno, fault.kind), os.strerror(getattr(errno, fault.kind)))
 
@@ -218,6 +229,9 @@ def _inject(fault: Fault) -> None:
         due = calls == fault.number or (lasting and calls > fault.number)
         if due and fault.kind == "SKIP":
             return None
+        if due and fault.kind == "TORN":
+            original(*(part[: len(part) // 2] if isinstance(part, bytes) else part for part in args), **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
         if due and not fault.after:
             strike()
         result = original(*args, **kwargs)

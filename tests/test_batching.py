@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpipe.client.batching import Budget, micro_batches
+from fedpipe.client import batching
+from fedpipe.client.batching import Budget
+
+
+def micro_batches(widths: np.ndarray, budget: Budget) -> Iterator[np.ndarray]:
+    """Cut records that all have some padding."""
+    return batching.micro_batches(2 * widths, budget)
 
 
 def cost(lengths: np.ndarray, parts: list[np.ndarray], budget: Budget) -> int:
@@ -53,6 +60,18 @@ def test_the_budget_counts_padding() -> None:
     parts = list(micro_batches(lengths, Budget(160)))
     assert sorted(np.concatenate(parts).tolist()) == list(range(200))
     assert all(len(part) * lengths[part].max() <= 160 for part in parts)
+
+
+def test_widths_stay_apart_unless_a_batch_costs_something_to_start() -> None:
+    widths = np.array([5, 9, 5, 9, 7])
+    assert [part.tolist() for part in micro_batches(widths, Budget(1000))] == [[0, 2], [4], [1, 3]]
+    assert [part.tolist() for part in micro_batches(widths, Budget(9))] == [[0], [2], [4], [1], [3]]
+
+
+def test_records_without_padding_stay_apart_from_those_with_some() -> None:
+    kinds = np.array([16, 17, 16, 17])
+    assert [part.tolist() for part in batching.micro_batches(kinds, Budget(16))] == [[0, 2], [1, 3]]
+    assert [part.tolist() for part in batching.micro_batches(kinds, Budget(100, start=9))] == [[0, 2, 1, 3]]
 
 
 def test_a_batch_that_is_cheap_to_start_holds_one_length() -> None:

@@ -19,12 +19,13 @@ from fedpipe import steps, workspace
 from fedpipe.budget import price_of
 from fedpipe.config import Settings, parse_settings
 from fedpipe.data.federation import write_partition
-from fedpipe.files import file_digest, read_json, read_sealed
+from fedpipe.files import file_digest, read_json, read_sealed, write_sealed
 from fedpipe.methods.catalogue import CATALOGUE
 from fedpipe.plan import ClientPlan, Plan
 from fedpipe.privacy.accounting import epsilon
 from fedpipe.privacy.ledger import Ledger, LedgerEntry
 from fedpipe.privacy.neighbours import neighbours
+from fedpipe.privacy.noise import key_id
 from fedpipe.project import Project
 from fedpipe.publish import publish, round_row
 from fedpipe.report import write_report
@@ -350,8 +351,9 @@ def test_a_whole_run_says_so_and_ends_well(tmp_path: Path) -> None:
     for path in run.round_dir(1).parent.glob("000[123]"):
         shutil.rmtree(path)
     (run.root / "complete.json").unlink()
-    run.key_path.write_bytes(bytes(range(32)))
+    run.key_path.write_bytes(key := bytes(range(32)))
     run.key_path.chmod(0o600)
+    write_sealed(run.root / "run.json", {**read_sealed(run.root / "run.json"), "key": key_id(key)})
     again = fedpipe(project, "run")
     assert again.code == 0, again.err
     assert again.err.count("left out, since their budget would be exceeded: c000, c001, c002 (c000: ") == 1

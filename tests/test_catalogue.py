@@ -116,12 +116,13 @@ def test_a_method_runs_and_leaves_an_adapter_that_stock_peft_loads(finished: Fin
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_an_interrupted_run_ends_with_the_same_bytes(
+def test_an_interrupted_run_in_other_cohorts_and_batches_ends_with_the_same_bytes(
     project: Project, finished: Finished, settings: Settings, name: str
 ) -> None:
     """The server's memory, and what clients keep, included: a new process reads both from disk in round 2."""
     unit = "record" if CATALOGUE[name].private else "none"
-    chosen, whole = asked(settings, name, unit), finished(name, unit)[0]
+    whole, other = finished(name, unit)[0], {"runtime__cohort_size": 3, "runtime__tokens_per_batch": 40}
+    chosen = asked(settings, name, unit, **other)
     workspace.forget_workspaces()
     run = steps.prepare(project, chosen).run
     steps.run_round(run.root, 1)

@@ -51,7 +51,7 @@ def random_gradients(records: int, owners: Owners, seed: int, sizes: float = 1.0
         return scale * torch.randn(*shape, generator=generator)
 
     made: dict[str, Gradient] = {spec.name: draw(records, *spec.shape) for spec in specs()}
-    made["head.weight"] = OuterProducts(draw(records, 2, 6), draw(records, 2, 3), owners)
+    made["head.weight"] = OuterProducts(draw(records, 2, 6), draw(records, 2, 3))
     return made
 
 

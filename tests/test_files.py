@@ -91,6 +91,20 @@ class TestWriteAtomic:
         write_atomic(path, b"newer")
         assert path.read_bytes() == b"newer"
 
+    def test_what_killed_processes_left_is_swept_away_and_no_more(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        left = tmp_path / "below" / ".file.abc.tmp"
+        left.parent.mkdir()
+        for path in (left, left.with_name("file.tmp"), left.with_name(".file")):
+            path.write_text("x")
+        sync = os.fsync
+        # While another file is written.
+        monkeypatch.setattr(os, "fsync", lambda handle: (files.sweep(tmp_path), sync(handle)))
+        write_atomic(tmp_path / "below" / "other", b"x")
+        assert sorted(path.name for path in left.parent.iterdir()) == [".file", "file.tmp", "other"]
+        files.sweep(tmp_path / "nowhere")
+
     def test_a_file_in_the_way_of_a_directory(self, tmp_path: Path) -> None:
         (tmp_path / "a").write_text("a file")
         with pytest.raises(StorageError, match=r"a/b/file: cannot write: .*"):

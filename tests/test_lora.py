@@ -403,6 +403,7 @@ def test_a_batch_that_is_no_multiple_of_the_records_is_refused() -> None:
 
 def test_the_start_leaves_the_function_as_it_was(model: AdaptedModel, backbone: Backbone, family: Family) -> None:
     stock = family.classifier.from_pretrained(backbone.path).eval()
+    stock.config.pad_token_id = family.pad  # records are padded, also alone
     twin, records = model.to_batched(), records_of(family.pad)
     twin.set_adapter(model.initial)
     with torch.inference_mode():
@@ -495,6 +496,7 @@ def test_the_export_loads_with_stock_peft(
     write_tensors(tmp_path / "adapter_model.safetensors", adapter)
     write_json(tmp_path / "adapter_config.json", model.adapter_config(str(backbone.path)))
     stock = AutoModelForSequenceClassification.from_pretrained(backbone.path, num_labels=len(LABELS))
+    stock.config.pad_token_id = family.pad
     loaded = PeftModel.from_pretrained(stock, tmp_path).eval()
     twin = model.to_batched()
     twin.set_adapter(adapter)

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def record_of(length: int) -> Encoded:
-    return Encoded(np.full(length, 5), np.array([0, length]), np.array([0]), pad=0)
+    return Encoded(np.full(length, 5), np.array([0, length]), np.array([0]), pad=0, room=length)
 
 
 def test_what_is_kept_grows_with_the_tokens(workspace: Workspace) -> None:

@@ -28,6 +28,7 @@ SHOWN = {
     "audits",
     "claims",
     "cli.py",
+    "disk",
     "doctor",
     "errors.py",
     "listing",

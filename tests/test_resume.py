@@ -7,10 +7,12 @@ import re
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import Command, Done, Fault, fedpipe, new_project, start
-from test_flow import points, recorded
+from test_flow import recorded
+from undisturbed import differences, everything
 
 from fedpipe.privacy.ledger import Ledger
 
@@ -18,19 +20,13 @@ SLOW = pytest.mark.slow
 KILLED = -signal.SIGKILL
 
 
-def outcome(project: Path) -> dict[str, bytes]:
-    """Return what two runs of the same experiment have in common, byte for byte."""
-    files = [*project.glob("models/adapter/*"), project / "reports" / "ledger.json"]
-    return {path.name: path.read_bytes() for path in files}
-
-
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the run leaves that nobody disturbed."""
     project = new_project(tmp_path_factory.mktemp("undisturbed") / "project", tracked=True)
     assert fedpipe(project, "run").code == 0
-    found = outcome(project)
-    assert found.keys() >= {"adapter_model.safetensors", "adapter_config.json", "ledger.json"}
+    found = everything(project)
+    assert found.keys() >= {"models/adapter/adapter_model.safetensors", "reports/ledger.json", "mlflow points"}
     return found
 
 
@@ -39,27 +35,19 @@ def project(tmp_path: Path) -> Path:
     return new_project(tmp_path / "project", tracked=True)
 
 
-def goes_on(project: Path, expected: dict[str, bytes]) -> Done:
+def goes_on(project: Path, expected: dict[str, Any]) -> Done:
     """Start the run again and check that it ends as if nothing had happened."""
     done = fedpipe(project, "run")
     assert done.code == 0, done.err
-    assert outcome(project) == expected
-    assert not list(project.glob("runs/*/secrets/*"))
-    assert not list(project.glob("reports/.*.tmp"))
+    assert not differences(everything(project), expected)
     (root,) = project.glob("runs/*")
     releases = [entry.release for entry in Ledger(root / "ledger.jsonl").entries()]
     assert len(set(releases)) == len(releases) == 3 * 3 * 2  # rounds, clients, local steps
-    (run,) = recorded(project)
-    assert run.info.status == "FINISHED"
-    found = points(project, run)
-    assert len(set(found)) == len(found)
-    assert [step for key, step in found if key == "eval/loss"] == [0, 1, 2, 3]
-    assert [step for key, step in found if key == "privacy/epsilon_max"] == [1, 2, 3]
     return done
 
 
 class TestKilled:
-    def test_after_round_2(self, project: Path, expected: dict[str, bytes]) -> None:
+    def test_after_round_2(self, project: Path, expected: dict[str, Any]) -> None:
         fault = Fault("fedpipe.steps", "finish_round", 2, after=True)
         assert fedpipe(project, "run", fault=fault).code == KILLED
         done = goes_on(project, expected)
@@ -78,11 +66,11 @@ class TestKilled:
         ],
         ids=lambda fault: f"{fault.function}-{fault.number}",
     )
-    def test_on_the_way(self, project: Path, expected: dict[str, bytes], fault: Fault) -> None:
+    def test_on_the_way(self, project: Path, expected: dict[str, Any], fault: Fault) -> None:
         assert fedpipe(project, "run", fault=fault).code == KILLED
         goes_on(project, expected)
 
-    def test_whenever_the_ledger_grows(self, project: Path, expected: dict[str, bytes]) -> None:
+    def test_whenever_the_ledger_grows(self, project: Path, expected: dict[str, Any]) -> None:
         command = start(project, "run")
         wait_for(project, "ledger.jsonl", 9, command)  # the header, and the steps of round 1 and some of round 2
         os.kill(command.process.pid, signal.SIGKILL)
@@ -90,7 +78,7 @@ class TestKilled:
         goes_on(project, expected)
 
     @SLOW
-    def test_twice(self, project: Path, expected: dict[str, bytes]) -> None:
+    def test_twice(self, project: Path, expected: dict[str, Any]) -> None:
         for number in (3, 3):
             fault = Fault("fedpipe.steps.training", "write_tensors", number)
             assert fedpipe(project, "run", fault=fault).code == KILLED
@@ -98,7 +86,7 @@ class TestKilled:
 
     @SLOW
     @pytest.mark.parametrize("after", [False, True])
-    def test_at_every_write(self, tmp_path: Path, expected: dict[str, bytes], after: bool) -> None:
+    def test_at_every_write(self, tmp_path: Path, expected: dict[str, Any], after: bool) -> None:
         for number in range(1 + after, 200, 2):
             project = new_project(tmp_path / f"project-{number}", tracked=True)
             done = fedpipe(project, "run", fault=Fault("os", "fsync", number, after=after))
@@ -121,7 +109,7 @@ def wait_for(project: Path, name: str, lines: int, command: Command) -> None:
 
 
 class TestInterrupted:
-    def test_by_hand(self, project: Path, expected: dict[str, bytes]) -> None:
+    def test_by_hand(self, project: Path, expected: dict[str, Any]) -> None:
         done = fedpipe(project, "run", fault=Fault("fedpipe.steps.training", "write_tensors", 5, "SIGINT"))
         assert done.code == 130
         assert done.err.splitlines()[-1] == "interrupted; the same command goes on from here"
@@ -132,20 +120,20 @@ class TestInterrupted:
         goes_on(project, expected)
 
     @SLOW
-    def test_before_the_first_round(self, project: Path, expected: dict[str, bytes]) -> None:
+    def test_before_the_first_round(self, project: Path, expected: dict[str, Any]) -> None:
         done = fedpipe(project, "run", fault=Fault("fedpipe.steps.preparing", "make_plan", 1, "SIGINT"))
         assert (done.code, done.err) == (130, "interrupted; the same command goes on from here\n")
         goes_on(project, expected)
 
     @SLOW
-    def test_by_the_system(self, project: Path, expected: dict[str, bytes]) -> None:
+    def test_by_the_system(self, project: Path, expected: dict[str, Any]) -> None:
         done = fedpipe(project, "run", fault=Fault("fedpipe.steps", "aggregate", 2, "SIGTERM"))
         assert done.code != 0
         assert "Traceback" not in done.err
         goes_on(project, expected)
 
 
-def test_two_runs_of_the_same_settings_give_the_same_bytes(project: Path, expected: dict[str, bytes]) -> None:
+def test_two_runs_of_the_same_settings_give_the_same_bytes(project: Path, expected: dict[str, Any]) -> None:
     goes_on(project, expected)
 
 

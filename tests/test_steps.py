@@ -27,6 +27,7 @@ from fedpipe.plan import make_plan
 from fedpipe.privacy import ledger as ledger_module
 from fedpipe.privacy.accounting import epsilon_rdp
 from fedpipe.privacy.ledger import Ledger, LedgerEntry
+from fedpipe.privacy.noise import key_id
 from fedpipe.project import Project
 from fedpipe.publish import publish
 from fedpipe.state import Run
@@ -349,7 +350,7 @@ def test_the_code_digest_covers_what_computes_numbers(monkeypatch: pytest.Monkey
     """All of fedpipe but what shows, tracks and starts; so that no change of a computation keeps old noise."""
     root = Path(identity.__file__).parent
     shown = {"cli.py", "terminal.py", "project.py", "errors.py", "mistakes.py", "publish.py", "__init__.py"}
-    packages = ("audits", "claims", "doctor", "listing", "report", "tracking")
+    packages = ("audits", "claims", "disk", "doctor", "listing", "report", "tracking")
     files = {str(path.relative_to(root)) for path in root.rglob("*.py")}
     expected = {f for f in files if f not in shown and f.split("/")[0] not in packages}
     read: set[str] = set()
@@ -752,11 +753,20 @@ def test_every_round_start_and_plan_is_a_query_of_its_own(project: Project, sett
     assert len(set(queries)) == len(queries)
 
 
+def replace_key(run: Run, key: bytes) -> None:
+    """Give a run another key, as nobody should: also where it says which one it has."""
+    run.key_path.write_bytes(key)
+    write_sealed(run.root / "run.json", {**read_sealed(run.root / "run.json"), "key": key_id(key)})
+
+
 def test_another_key_in_the_middle_of_a_round_stops_the_cohort(project: Project, settings: Settings) -> None:
     run = started(project, settings)
     plan = steps.begin_round(run.root, 1)
     before = spent(run)
     run.key_path.write_bytes(bytes(32))
+    with pytest.raises(StateError, match=r"noise\.key: damaged: is not the key that the run began with; restore it"):
+        steps.train(run.root, 1, 0)
+    replace_key(run, bytes(32))
     with pytest.raises(StateError, match="was planned for another start, device or key"):
         steps.train(run.root, 1, 0)
     assert spent(run) == before
@@ -782,7 +792,7 @@ def test_the_updates_of_an_earlier_plan_are_not_used(
     steps.begin_round(run.root, 1)
     listed = [steps.train(run.root, 1, cohort) for cohort in (0, 1)]
     stale = {path: path.read_bytes() for path in run.round_dir(1).glob("cohort-*.json")}
-    run.key_path.write_bytes(bytes.fromhex(OTHER_KEY))
+    replace_key(run, bytes.fromhex(OTHER_KEY))
     monkeypatch.setattr(beginning, "price_of", lambda *args: Price({}, {}))
     steps.begin_round(run.root, 1)
     for path, content in stale.items():

@@ -307,6 +307,7 @@ def test_any_state_is_a_stock_adapter(
     write_tensors(tmp_path / "adapter_model.safetensors", tensors)
     write_json(tmp_path / "adapter_config.json", model.adapter_config(str(backbone.path), rank, alpha))
     stock = AutoModelForSequenceClassification.from_pretrained(backbone.path, num_labels=len(LABELS))
+    stock.config.pad_token_id = model.model.config.pad_token_id
     loaded = PeftModel.from_pretrained(stock, tmp_path).eval()
     sums = [
         {name: LowRank(2 * product.B, product.A) for name, product in groups[group].items()} for group in more

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from simulated import KEY, Federation, Models
 from small import CPU, State, make_model, make_records, random_state
 
-from fedpipe.client import units as units_module
 from fedpipe.client.batching import Budget
 from fedpipe.client.clip import JOINT, Clip, PerFactor
 from fedpipe.client.engine import CohortEngine
@@ -141,13 +140,11 @@ def test_sums_are_those_of_a_loop_over_groups(
     assert all(torch.equal(found[name], again[name]) for name in found)
 
 
-@pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("tokens", BUDGETS)
 def test_outer_products_of_groups_are_their_gradients(
-    model, state, alone, tokens: int, stacked: bool, monkeypatch: pytest.MonkeyPatch
+    model, state, alone, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batched, "outer_products_pay", lambda *shape: True)
-    monkeypatch.setattr(units_module, "outer_products_pay", lambda *shape: stacked)
     groups = [np.arange(RECORDS) % 5, np.zeros(RECORDS, dtype=np.int64), np.arange(RECORDS)]
     batches = [np.arange(RECORDS)] * CLIENTS
     engine = CohortEngine(model.to_batched(), CPU, "fp32", tokens)
@@ -158,36 +155,24 @@ def test_outer_products_of_groups_are_their_gradients(
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_micro_batches_hold_whole_groups(data: st.DataObject) -> None:
-    count = data.draw(st.integers(1, 30))
+def test_parts_hold_whole_groups(data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, 30))
     numbers = st.lists(st.integers(0, 4), min_size=count, max_size=count)
-    clients, groups = np.sort(data.draw(numbers)), np.array(data.draw(numbers))
-    lengths = 1 + np.array(data.draw(st.lists(st.integers(0, 9), min_size=count, max_size=count)))
-    budget = Budget(data.draw(st.integers(1, 60)), record=data.draw(st.integers(0, 3)))
+    clients, groups = np.sort(np.array(data.draw(numbers), dtype=int)), np.array(data.draw(numbers), dtype=int)
+    widths = 8 * (1 + np.array(data.draw(numbers), dtype=int))
     units = Units(clients, groups)
-    parts = units.parts(lengths, budget)
-    assert sorted(np.concatenate([part.records for part in parts]).tolist()) == list(range(count))
-    open_unit = None
+    numbers, budget = data.draw(st.sampled_from([1, 2**23, 2**30])), Budget(data.draw(st.integers(1, 60)))
+    parts = units.parts(widths, numbers, budget)
+    assert sorted(record for part in parts for record in part) == list(range(count))
     for part in parts:
-        inside = set(units.of[part.records].tolist())
-        assert len(part.records) <= budget.most(int(lengths[part.records].max()))
-        if part.partial:
-            (unit,) = inside
-            assert open_unit in (None, unit)
-            assert units.sizes[unit] > 1
-            open_unit = None if part.last else unit
-        else:
-            assert open_unit is None
-            assert sum(units.sizes[unit] for unit in inside) == len(part.records)
+        inside = set(units.of[part].tolist())
+        assert sum(units.sizes[unit] for unit in inside) == len(part)
+        assert len(inside) <= max(1, 2**24 // numbers)
 
 
 def test_a_group_over_several_micro_batches_is_gathered_before_it_is_clipped(model, state, alone) -> None:
     groups, batches = [np.zeros(RECORDS, dtype=np.int64)] * CLIENTS, [np.arange(RECORDS)] * CLIENTS
-    parts = Units(np.repeat(np.arange(CLIENTS), RECORDS), np.concatenate(groups)).parts(
-        np.concatenate([own.lengths for own in make_records(CLIENTS, RECORDS)]), Budget(25)
-    )
-    assert sum(part.partial for part in parts) > CLIENTS
-    engine = CohortEngine(model.to_batched(), CPU, "fp32", 25)
+    engine = CohortEngine(model.to_batched(), CPU, "fp32", 8)  # one record at a time
     found = engine.clipped_sums(
         state, make_records(CLIENTS, RECORDS), batches, model.specs, 0.01, None, JOINT, None, groups
     )

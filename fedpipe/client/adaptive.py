@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fedpipe.client.curvature import Curvature
 from fedpipe.client.schedule import Decision, Modes, Schedule
+from fedpipe.models import steady
 from fedpipe.models.factors import layer_of
 from fedpipe.models.lora import TensorSpec
 
@@ -109,7 +110,7 @@ class Adaptive(Schedule):
             # Clients of lower rank have fewer numbers, and zeros for the others.
             numbers = gradient.flatten(1).count_nonzero(1).double().cpu().numpy()
             scored = _projected(gradient, spec) if self.projection else gradient
-            energies = scored.flatten(1).double().square().sum(1).cpu().numpy()
+            energies = steady.squares(scored).cpu().numpy()
             excess = np.maximum(energies - numbers * np.square(np.asarray(stds)), 0.0)
             for row, (client, value) in enumerate(zip(scores, excess.tolist(), strict=True)):
                 if curvature is not None and value:
@@ -152,4 +153,6 @@ def _projected(gradient: Tensor, spec: TensorSpec) -> Tensor:
     size = spec.shape[1] if spec.factor == "A" else spec.shape[0]
     matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(size)) / math.sqrt(size)
     matrix = matrix.to(gradient)
-    return gradient @ matrix if spec.factor == "A" else matrix @ gradient
+    if spec.factor == "A":
+        return steady.linear(gradient, matrix.T, None)
+    return steady.linear(gradient.transpose(1, 2), matrix, None).transpose(1, 2)

@@ -8,6 +8,9 @@ mixing). Shapes fit, sums look sound, and the clip norm bounds nothing. So it is
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -27,7 +30,8 @@ def check_apart(model: AdaptedModel, records: Encoded, device: torch.device) -> 
     Parameters
     ----------
     model : a batched model; its adapter is overwritten
-    records : of which the shortest, the longest and two in between are tried
+    records : of which the shortest, the longest and two in between are tried; texts beside one of twice the
+        length, so that all of them are padded further than alone
 
     Raises
     ------
@@ -36,12 +40,17 @@ def check_apart(model: AdaptedModel, records: Encoded, device: torch.device) -> 
     """
     ranks = np.linspace(0, len(records) - 1, min(RECORDS, len(records))).round().astype(int)
     few = np.argsort(records.lengths, kind="stable")[ranks]
+    tried = [(records, record) for record in few]
+    if isinstance(records, Encoded):
+        tried.append((_twice(records, int(few[-1])), 0))
     generator = torch.Generator().manual_seed(0)
     state = {
-        spec.name: (model.initial[spec.name] + 0.1 * torch.randn(len(few), *spec.shape, generator=generator)).to(device)
+        spec.name: (model.initial[spec.name] + 0.1 * torch.randn(len(tried), *spec.shape, generator=generator)).to(
+            device
+        )
         for spec in model.specs
     }
-    given = (state, [records] * len(few), [np.array([record]) for record in few], model.specs, None)
+    given = (state, [own for own, _ in tried], [np.array([record]) for _, record in tried], model.specs, None)
     alone, one_batch = Budget(1), Budget(tokens=10**9, start=10**9)
     try:
         apart = CohortEngine(model, device, "fp32", alone).clipped_sums(*given)
@@ -51,6 +60,15 @@ def check_apart(model: AdaptedModel, records: Encoded, device: torch.device) -> 
     moved = _norms({name: together[name] - tensor for name, tensor in apart.items()})
     if not bool((moved <= TOLERANCE * _norms(apart)).all()):
         raise _refusal(model)
+
+
+def _twice(records: Encoded, record: int) -> Encoded:
+    """Return one record with the tokens of this one twice, but for what may begin and end it only once."""
+    own = records.part(record, record + 1)
+    tokens = np.concatenate([own.tokens[:-1], own.tokens[1:]])
+    if len(tokens) < 2 or len(tokens) > (records.room or math.inf):
+        return own
+    return replace(own, tokens=tokens, offsets=np.array([0, len(tokens)], dtype=np.int64))
 
 
 def _norms(sums: State) -> torch.Tensor:

@@ -1,8 +1,12 @@
-"""Micro-batches: records sorted by length and cut so that little of what is computed is padding.
+"""Micro-batches: records of one width together, as many as a bound on the size of a batch allows.
 
-A batch is padded to its longest record. One batch for everything wastes half the work on
-short records; a batch for each length starts too many. The cut weighs the two, under a bound
-on the size of a batch. It depends on the lengths and the budget alone.
+What a record is padded to depends on its own length alone, so on a processor its
+gradient has the same bits in every batch (see `fedpipe.models.steady`), and the cut into batches is
+not seen in what a run computes.
+
+A GPU cannot promise that, and is idle while a batch is started. There records of different widths may
+share a batch, padded to the widest. One batch for everything wastes half the work on short records; the
+cut weighs the two.
 """
 
 from __future__ import annotations
@@ -20,13 +24,14 @@ class Budget:
     Attributes
     ----------
     tokens : padded tokens of a batch at most; a single longer record makes a batch of its own
-    start : what starting a batch costs, in tokens that could be computed meanwhile
+    start : what starting a batch costs, in tokens that could be computed meanwhile, where records of
+        different widths may share one; None where they may not
     record : what a record costs besides its tokens (copies of its client's factors and their gradients)
     records : at most, in a batch; None for any number
     """
 
     tokens: int
-    start: int = 64
+    start: int | None = None
     record: int = 0
     records: int | None = None
 
@@ -36,25 +41,28 @@ class Budget:
         return fitting if self.records is None else min(fitting, self.records)
 
 
-def micro_batches(lengths: np.ndarray, budget: Budget) -> Iterator[np.ndarray]:
-    """Cut records, sorted by length, between lengths so that computing all parts costs least.
+def micro_batches(kinds: np.ndarray, budget: Budget) -> Iterator[np.ndarray]:
+    """Cut records, sorted by kind, between kinds: between all, or so that computing all parts costs least.
 
-    The cost of a part is its padded size plus what starting it costs. Records between two cuts
-    that do not fit into one part are dealt out evenly to several. Yields indices into `lengths`.
+    Kinds are those of `Encoded.kinds`. The cost of a part is its padded size plus what starting it costs.
+    Records between two cuts that do not fit into one part are dealt out evenly to several. Yields indices
+    into `kinds`.
     """
-    order = np.argsort(lengths, kind="stable")
-    values, counts = np.unique(lengths, return_counts=True)
+    order = np.argsort(kinds, kind="stable")
+    values, counts = np.unique(kinds, return_counts=True)
+    values = values // 2  # widths
     ends = np.cumsum(counts)
-    for first, last in _segments(values, ends, budget):
+    apart = [(int(end - count), number) for number, (end, count) in enumerate(zip(ends, counts, strict=True))]
+    for first, last in _segments(values, ends, budget) if budget.start is not None else apart:
         segment = order[first : ends[last]]
         parts = -(-len(segment) // budget.most(int(values[last])))
         yield from np.array_split(segment, parts)
 
 
 def _segments(values: np.ndarray, ends: np.ndarray, budget: Budget) -> list[tuple[int, int]]:
-    """Return the best cuts between lengths, as (first record, last length), by dynamic programming.
+    """Return the best cuts between widths, as (first record, last width), by dynamic programming.
 
-    The cheapest way to cut the records up to some length ends in one segment; all its possible
+    The cheapest way to cut the records up to some width ends in one segment; all its possible
     starts are tried, and what lies before has been solved already.
     """
     starts = np.concatenate([[0], ends[:-1]])

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedpipe.client import exact
 from fedpipe.client.clip import Clip
-from fedpipe.models.batched import Gradient, OuterProducts, Owners, in_memory_order, is_turned
+from fedpipe.models.batched import Gradient, Owners, is_turned
 from fedpipe.models.lora import TensorSpec
 
 
@@ -42,31 +43,22 @@ def sum_clipped(gradients: Mapping[str, Gradient], owners: Owners, clip_norm: fl
 
     Returns
     -------
-    (present clients, numbers of all tensors) float32, in the order of `gradients`; `apart` takes it apart
+    (present clients, numbers of all tensors) float64, in the order of `gradients`; `apart` takes it apart.
+    Sums of such sums are exact: see `fedpipe.client.exact`
 
     Notes
     -----
     A record whose gradient is not finite adds nothing. Without a bound there is no privacy to keep
     by that, and its client's sum is NaN: the run has diverged and must say so.
     """
-    whole = {name: _flat(gradient) for name, gradient in gradients.items() if isinstance(gradient, Tensor)}
-    outer = {name: gradient for name, gradient in gradients.items() if isinstance(gradient, OuterProducts)}
-    rows = torch.cat([*whole.values(), torch.zeros(len(owners), 0, device=owners.device)], dim=1)
-    squares = [torch.linalg.vector_norm(rows, dim=1).square(), *(products.squares() for products in outer.values())]
-    norms = torch.stack(squares).sum(0).sqrt()
+    norms = sum(exact.squares(gradient) for gradient in gradients.values()).sqrt()
     lost = ~torch.isfinite(norms)
     any_lost = bool(lost.any())
     factors = clip_factors(norms, clip_norm).masked_fill(lost, 0.0)
-    if any_lost:  # zero times NaN is NaN, and would reach every client of the product
-        rows = rows.masked_fill(lost[:, None], 0.0)
-    # A client's sum is a row of (clients, n) x (n, numbers): one product, in one order on every device.
-    members = torch.zeros(len(owners.clients), len(owners), device=factors.device)
-    members[owners.place, torch.arange(len(owners), device=factors.device)] = factors
-    total = members @ rows
-    if outer:
-        sums = dict(zip(whole, total.split([part.shape[1] for part in whole.values()], dim=1), strict=True))
-        sums |= {name: _flat(products.weighted_sums(factors)) for name, products in outer.items()}
-        total = torch.cat([sums[name] for name in gradients], dim=1)
+    unit, count = exact.unit_of(clip_norm), len(owners.clients)
+    lost_or_none = lost if any_lost else None
+    sums = [exact.sums(part, owners.place, count, unit, factors, lost_or_none) for part in gradients.values()]
+    total = torch.cat(sums, dim=1)
     if any_lost and clip_norm is None:
         total[owners.place[lost]] = torch.nan
     return total
@@ -91,16 +83,11 @@ def sum_in_groups(
 
 
 def apart(total: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """Take sums of `sum_clipped`, (clients, numbers), apart: name -> (clients, *shape), contiguous."""
-    parts = total.split([math.prod(shape) for shape in shapes.values()], dim=1)
+    """Take sums of `sum_clipped`, (clients, numbers), apart: name -> (clients, *shape), float32, contiguous."""
+    parts = total.float().split([math.prod(shape) for shape in shapes.values()], dim=1)
     return {
         name: part.unflatten(1, tuple(shape)[::-1]).transpose(1, 2).contiguous()
         if is_turned(shape)
         else part.unflatten(1, tuple(shape)).contiguous()
         for (name, shape), part in zip(shapes.items(), parts, strict=True)
     }
-
-
-def _flat(gradient: Tensor) -> Tensor:
-    """Return (n, numbers), in the order in which copies of the weight lie in memory."""
-    return in_memory_order(gradient).flatten(1)

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedpipe.client.objectives import Begin, Objective, Running, State
+from fedpipe.models import steady
 from fedpipe.models.factors import Pair, pairs
 from fedpipe.models.lora import TensorSpec
 
@@ -151,8 +152,8 @@ class _Shrunk(Running):
         names = {spec.name for spec in active}
         for pair, tail in self._tails:
             of_a, of_b = tail[:, :, None], tail[:, None, :]
-            norm_a = (state[pair.A.name] * of_a).flatten(1).norm(dim=1)
-            norm_b = (state[pair.B.name] * of_b).flatten(1).norm(dim=1)
+            norm_a = steady.squares(state[pair.A.name] * of_a).sqrt().float()
+            norm_b = steady.squares(state[pair.B.name] * of_b).sqrt().float()
             for name, mask, own, other in ((pair.A.name, of_a, norm_a, norm_b), (pair.B.name, of_b, norm_b, norm_a)):
                 if name in names:
                     step = rates[name] * self._strength * other / own.clamp(min=torch.finfo(own.dtype).tiny)

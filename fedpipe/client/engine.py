@@ -24,7 +24,8 @@ from fedpipe.client.contrast import Frozen, Representations, contrast_losses, st
 from fedpipe.client.diagnostics import Note, StepLosses, noted
 from fedpipe.client.objectives import Contrast
 from fedpipe.client.parallel import in_turn
-from fedpipe.client.units import Part, Units
+from fedpipe.client.units import Units
+from fedpipe.models import steady
 from fedpipe.models.batched import Gradient, Owners
 from fedpipe.models.lora import AdaptedModel, TensorSpec
 from fedpipe.models.task import Encoded
@@ -114,17 +115,14 @@ class CohortEngine:
         owners = np.repeat(np.arange(len(batches)), [len(batch) for batch in batches])
         drawn = None if seeds is None else np.concatenate(seeds)
         grouped = None if units is None else Units(owners, np.concatenate(_each(units, batches)))
-        lengths = pool.lengths[chosen]
-        if grouped is None:
-            parts = [Part(part) for part in micro_batches(lengths, self.budget)]
-        else:
-            parts = grouped.parts(lengths, self.budget)
-
+        kinds, numbers = pool.kinds[chosen], sum(spec.numel for spec in active)
+        parts = (
+            micro_batches(kinds, self.budget) if grouped is None else grouped.parts(kinds // 2, numbers, self.budget)
+        )
         copier = self.model.copier(state)
 
-        def one(model: AdaptedModel, batch: Part) -> tuple[Tensor, Tensor]:
-            part = batch.records
-            part = part[np.argsort(owners[part] if grouped is None else grouped.of[part], kind="stable")]
+        def gradients(model: AdaptedModel, part: np.ndarray) -> dict[str, Gradient]:
+            count, part = len(part), steady.at_least_two(part)
             whose = Owners(owners[part], self.device)
             inputs, labels = pool.batch(chosen[part], self.device)
             strength = strengths(contrast, whose.index)
@@ -133,29 +131,26 @@ class CohortEngine:
             note = None if losses is None else losses.at(part)
             with dropout(model, drawn, chosen[part], self.device):
                 if frozen is None:
-                    gradients = self._gradients(model, inputs, labels, note)
+                    found = self._gradients(model, inputs, labels, note)
                 else:
-                    gradients = self._contrasted(model, inputs, labels, note, frozen, strength, contrast.temperature)
-            if grouped is not None:
-                gradients, whose = grouped.means(gradients, part, self.device)
-            bound = None if batch.partial else clip_norm
-            return whose.clients, sum_in_groups(gradients, whose, bound, clip, active)
+                    found = self._contrasted(model, inputs, labels, note, frozen, strength, contrast.temperature)
+            return {name: gradient[:count] for name, gradient in found.items()}
 
-        shapes = {spec.name: spec.shape for spec in active}
-        total = torch.zeros(len(batches), sum(spec.numel for spec in active), device=self.device)
-        gathered = 0.0
-        for (present, part), batch in zip(in_turn(one, self.models, parts), parts, strict=True):
-            if batch.partial:
-                gathered = gathered + part
-                if not batch.last:
-                    continue
-                whole, gathered = apart(gathered, shapes), 0.0
-                part = sum_in_groups(whole, Owners(present.cpu().numpy(), self.device), clip_norm, clip, active)
-            if len(present) == len(total):
-                total += part
-            else:
-                total.index_copy_(0, present, total.index_select(0, present).add_(part))
-        return apart(total, shapes)
+        def of_records(model: AdaptedModel, part: np.ndarray) -> tuple[Tensor, Tensor]:
+            part = part[np.argsort(owners[part], kind="stable")]
+            whose = Owners(owners[part], self.device)
+            return whose.clients, sum_in_groups(gradients(model, part), whose, clip_norm, clip, active)
+
+        def of_units(model: AdaptedModel, part: np.ndarray) -> tuple[Tensor, Tensor]:
+            cut = (np.sort(part[batch]) for batch in micro_batches(kinds[part], self.budget))
+            each = ((batch, gradients(model, batch)) for batch in cut)
+            means, whose = grouped.means(each, part, self.device)
+            return whose.clients, sum_in_groups(means, whose, clip_norm, clip, active)
+
+        total = torch.zeros(len(batches), numbers, device=self.device, dtype=torch.float64)
+        for present, part in in_turn(of_records if grouped is None else of_units, self.models, list(parts)):
+            total.index_add_(0, present, part)
+        return apart(total, {spec.name: spec.shape for spec in active})
 
     def _pool(self, records: Sequence[Encoded]) -> Encoded:
         """Put the clients' records end to end, once for all steps on the same ones."""

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedpipe.models import steady
 from fedpipe.server.checks import MOVE_CAP
 
 
@@ -34,8 +35,7 @@ class Lost:
     def after_step(self, state: Mapping[str, Tensor]) -> None:
         """Put clients that are not finite, or farther away than the cap, back to where they began."""
         if self._cap is not None:
-            moves = ((state[name].double() - self._at(name, state)).flatten(1) for name in self._start)
-            squares = torch.stack([move.square().sum(1) for move in moves]).sum(0)
+            squares = sum(steady.squares(state[name].double() - self._at(name, state)) for name in self._start)
             fine = {"": squares <= self._cap**2}  # NaN is not
         else:
             fine = {name: torch.isfinite(state[name]).flatten(1).all(1) for name in self._start}

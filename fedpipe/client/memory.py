@@ -30,9 +30,9 @@ PEAK = 2.0  # the backward pass needs about as much again as the forward pass ke
 SMALLEST, LARGEST = 256, 2**17
 
 # On a processor a batch of some hundred tokens computes as fast as a larger one, and leaves work for
-# the other cores. A GPU is idle while a batch is started.
+# the other cores. A GPU is idle while a batch is started, and batches of one width would be many.
 CPU_TOKENS = 512
-START = {"cpu": 64, "cuda": 8192}
+START = {"cpu": None, "cuda": 8192}
 
 
 def find_budget(
@@ -47,7 +47,7 @@ def find_budget(
     records : any records of the task, of which one is tried; only its length matters
     """
     record = np.argmax(records.lengths)
-    kept = kept_bytes(model, records, int(record), device, precision) / int(records.lengths[record])
+    kept = kept_bytes(model, records, int(record), device, precision) / int(records.kinds[record] // 2)
     # A copy of the factors and its gradient, for each record.
     factors = 8 * sum(spec.numel for spec in model.specs if spec.factor != "head")
     tokens = _tokens(kept, device) if asked == "auto" else int(asked)

@@ -11,6 +11,7 @@ The rows are made from raw records. They belong to the clients, like the records
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,8 @@ from fedpipe.client.batching import Budget, micro_batches
 from fedpipe.client.engine import autocast
 from fedpipe.client.parallel import in_turn
 from fedpipe.errors import StateError
-from fedpipe.files import file_digest, private_directory, read_sealed, storage, write_sealed
+from fedpipe.files import file_digest, private_directory, read_sealed, storage, sweep, write_sealed
+from fedpipe.models import steady
 from fedpipe.models.lora import AdaptedModel, TensorSpec
 from fedpipe.models.task import Encoded
 
@@ -86,19 +88,23 @@ def write_prefix(
     The file appears whole or not at all. `models` share a backbone; each computes one batch at a time.
     """
     readers = [_HiddenReader(model, cut) for model in models]
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
     @torch.inference_mode()
     def one(reader: _HiddenReader, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with autocast(device, precision):
-            return part, reader.read(records.batch(part, device)[0]).float().cpu().numpy()
+            return part, reader.read(records.batch(steady.at_least_two(part), device)[0]).float().cpu().numpy()
 
     try:
-        with storage(path):
+        with storage(path), contextlib.ExitStack() as handles:
             private_directory(path.parent)
+            sweep(path.parent)
+            held = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            handles.callback(os.close, held)
+            fcntl.flock(held, fcntl.LOCK_EX)  # until it is closed: `sweep` leaves it alone
             shape = (len(records.tokens), hidden_size(models[0]))
             rows = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-            for part, hidden in in_turn(one, readers, list(micro_batches(records.lengths, budget))):
+            for part, hidden in in_turn(one, readers, list(micro_batches(records.kinds, budget))):
                 for row, record in enumerate(part):
                     start, end = records.offsets[record], records.offsets[record + 1]
                     rows[start:end] = hidden[row, : end - start]

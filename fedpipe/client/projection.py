@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedpipe.models import steady
+
 
 def projected(gradient: Tensor, other: Tensor, factor: str, scale: float, damping: float) -> Tensor:
     """Return the projected gradient of a factor, float64 inside.
@@ -33,7 +35,7 @@ def projected(gradient: Tensor, other: Tensor, factor: str, scale: float, dampin
     turned = factor == "B"
     rows = (gradient.transpose(1, 2) if turned else gradient).double()  # (clients, rank, features)
     wide = (other if turned else other.transpose(1, 2)).double()
-    gram = wide @ wide.transpose(1, 2)
+    gram = steady.bmm(wide, wide.transpose(1, 2))
     rank = gram.shape[1]
     shift = damping * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-8
     damped = gram + shift[:, None, None] * torch.eye(rank, dtype=gram.dtype, device=gram.device)

@@ -54,12 +54,12 @@ class OpacusEngine:
     ) -> State:
         if units is not None:
             raise PrivacyError("the reference engine clips records; groups of them need runtime.engine: cohort")
-        total = torch.zeros(len(batches), sum(spec.numel for spec in active), device=self.device)
+        total = torch.zeros(len(batches), sum(spec.numel for spec in active), device=self.device, dtype=torch.float64)
         if losses is not None:
             losses.begin(batches)
         firsts = np.cumsum([0, *map(len, batches)])
         for row, (encoded, batch) in enumerate(zip(records, batches, strict=True)):
-            for part in micro_batches(encoded.lengths[batch], self.budget):
+            for part in micro_batches(encoded.kinds[batch], self.budget):
                 inputs, labels = encoded.batch(batch[part], self.device)
                 owners = Owners(np.zeros(len(part), dtype=np.int64), self.device)
                 term = self._term(inputs, row, contrast)

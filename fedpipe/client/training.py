@@ -36,6 +36,7 @@ from fedpipe.client.starts import ClientStart
 from fedpipe.config import OptimizerSettings
 from fedpipe.errors import PrivacyError, TrainingError
 from fedpipe.methods import Method
+from fedpipe.models import steady
 from fedpipe.models.lora import AdaptedModel, TensorSpec
 from fedpipe.models.task import Encoded
 from fedpipe.plan import ClientPlan, Plan
@@ -172,8 +173,8 @@ def train_cohort(
             updates[client] = Update({}, norm=0.0, snr=None, rank=ranks[row], failed=reason)
             continue
         mine = {name: tensor[row].clone() for name, tensor in ended.items()}
-        updates[client] = _update(
-            model,
+        updates[client] = make_update(
+            model.specs,
             method,
             work,
             start,
@@ -275,8 +276,7 @@ def _noise_energy(
 
 
 def _energy(gradients: State) -> np.ndarray:
-    squares = [gradient.flatten(1).double().square().sum(1) for gradient in gradients.values()]
-    return torch.stack(squares).sum(0).cpu().numpy()
+    return sum(steady.squares(gradient) for gradient in gradients.values()).cpu().numpy()
 
 
 def _dropout_seeds(work: CohortWork, keys: Sequence[bytes], step: int) -> list[np.ndarray]:
@@ -339,8 +339,8 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> State:
     return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
-def _update(
-    model: AdaptedModel,
+def make_update(
+    specs: Sequence[TensorSpec],
     method: Method,
     work: CohortWork,
     start: ClientStart,
@@ -353,9 +353,9 @@ def _update(
     loss: float | None,
 ) -> Update:
     """Divide what a client has after its last step into what it sends and what it keeps."""
-    mine = [spec for spec in model.specs if spec.name in work.trained]
-    specs = method.sends(mine, work.round, steps, work.modes)
-    sent, beside = [spec.name for spec in specs], [spec.name for spec in method.objective.extra_specs(specs)]
+    mine = [spec for spec in specs if spec.name in work.trained]
+    sends = method.sends(mine, work.round, steps, work.modes)
+    sent, beside = [spec.name for spec in sends], [spec.name for spec in method.objective.extra_specs(sends)]
     own = {spec.name for spec in method.trains(mine, work.round, steps, work.modes)} - set(sent)
     uploaded = method.initialisation.upload(start.facts, start.tensors, ended)
     values = {name: uploaded[name].contiguous() for name in sent}
@@ -370,7 +370,7 @@ def _update(
         tensors={**values, **{name: extras[name] for name in beside}},
         norm=squares**0.5,
         snr=None if snr is None else float(snr),
-        rank=method.ranks.pruned(start.facts.rank, start.tensors, ended, model.specs),
+        rank=method.ranks.pruned(start.facts.rank, start.tensors, ended, specs),
         scores=scores,
         loss=loss,
         kept={name: tensor.contiguous() for name, tensor in keeps.items()},

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.errors import DataError, StateError
-from fedpipe.files import file_digest, inside, read_sealed, storage, write_sealed
+from fedpipe.files import file_digest, inside, read_sealed, storage, sweep, write_sealed
 
 FORMAT = 1
 NAME = "origin.json"
@@ -41,6 +41,7 @@ def write_origin(directory: Path, origin: dict[str, Any]) -> dict[str, Any]:
 
     Only files that the former origin lists are removed: the directory may hold other people's files.
     """
+    sweep(directory)
     with contextlib.suppress(DataError):
         former = read_origin(directory, "files")
         if former["path"] is None:

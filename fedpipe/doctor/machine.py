@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from fedpipe.config import Settings
 from fedpipe.doctor.check import Check
+from fedpipe.errors import FedpipeError
 from fedpipe.project import Project
 
 # The versions that fedpipe is tested with, as in constraints.txt, and what each is for.
@@ -25,6 +25,7 @@ TESTED = {
     "mlflow": ("3.17.2", "tracking; `tracking.uri: null` does without"),
     "dvc": ("3.67.1", "`dvc repro` and `make run`; `fedpipe run` does without"),
 }
+ROOM = 500_000_000  # bytes for what is no run's: data, databases, reports
 REINSTALL = "pip install -c constraints.txt -e ."
 
 
@@ -69,28 +70,51 @@ def writable(root: Path) -> Check:
 
 
 def disk(project: Project, settings: Settings | None) -> Check:
-    free = shutil.disk_usage(project.root).free / 1e9
-    needed = _disk_needed(project, settings) / 1e9
+    """Hold what a run of these settings would need against what is free, with room for data and databases."""
+    from fedpipe.disk.room import shown
+
+    free = shutil.disk_usage(project.root).free
+    parts = _needed(project, settings)
+    needed = ROOM + sum(parts.values())
     advice = (
         ""
         if free >= needed
-        else "Free some space; old runs are in runs/ and mlruns/, DVC's old data goes with `dvc gc -w`."
+        else "Free some space; old runs are in runs/ and mlruns/, DVC's old data goes with `dvc gc -w`. "
+        "runtime.keep_rounds: 2 and tracking.artifacts: false make a run smaller."
     )
-    return Check("disk", free >= needed, f"{free:.1f} GB free; a run needs about {needed:.1f} GB", advice)
+    told = ", ".join(f"{what} {shown(size)}" for what, size in parts.items() if size)
+    what = f"a run needs about {needed / 1e9:.1f} GB" + (f" ({told})" if told else "; more is known with a partition")
+    return Check("disk", free >= needed, f"{free / 1e9:.1f} GB free; {what}", advice)
 
 
-def _disk_needed(project: Project, settings: Settings | None) -> float:
-    """Estimate bytes: half a gigabyte for data, databases and reports, and every round's adapters, twice."""
-    base = 0.5e9
-    config = project.backbone / "config.json"
-    if settings is None or not config.is_file():
-        return base
-    shape = json.loads(config.read_text(encoding="utf-8"))
-    layers = settings.lora.last_layers or shape.get("num_hidden_layers", 12)
-    factors = layers * 2 * 2 * settings.lora.rank * shape.get("hidden_size", 768)
-    clients = settings.federation.clients_per_round or settings.partition.clients or 1
-    # In runs/, and again in MLflow.
-    return base + 2 * 4 * factors * settings.federation.rounds * (clients + 1)
+def _needed(project: Project, settings: Settings | None) -> dict[str, int]:
+    """Return what takes how many bytes; empty where there is no partition or backbone yet."""
+    from fedpipe.disk import needs_of
+    from fedpipe.workspace import workspace_of
+
+    if settings is None:
+        return {}
+    try:
+        workspace = workspace_of(project, settings)
+        clients, federation = len(workspace.federation.clients), settings.federation
+        needs = needs_of(
+            settings,
+            workspace.method,
+            workspace.model.specs,
+            workspace.trained,
+            counts=[federation.clients_per_round or clients] * federation.rounds,
+            clients=clients,
+            prefix=workspace.prefix_bytes(),
+        )
+    except FedpipeError:  # another check says what is wrong
+        return {}
+    return {
+        "the run": needs.run,
+        "frozen layers": needs.prefix,
+        "MLflow": needs.mlflow,
+        "Prefect": needs.prefect,
+        "adapter and reports": needs.published,
+    }
 
 
 def device(settings: Settings) -> Check:

@@ -9,9 +9,8 @@ adapters differ. A trained layer takes one of two ways to them, chosen by its sh
   LoRA's factors, which are small beside a record's activations.
 - *Outer products.* Where copies would be the larger part, as in a dense head that meets each
   record once, the records of a client are stacked and share its weights. A record's gradient
-  is the sum over its rows of (output gradient) x (input); only these two are kept. Its norm
-  follows from their Gram matrices without forming the gradient (ghost norm: Goodfellow 2015,
-  arXiv:1510.01799; Li et al. 2022, arXiv:2110.05679).
+  is the sum over its rows of (output gradient) x (input); only these two are kept, and the norm
+  of a record of one row follows from theirs (Goodfellow 2015, arXiv:1510.01799).
 """
 
 from __future__ import annotations
@@ -24,20 +23,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from fedpipe.models import steady
 
 # How many multiplications the memory traffic of one weight of one copy is worth: it is read, written,
 # differentiated, read for the norm and read for the sum.
 _TRAFFIC = 8
 _FIXED = 2**17  # and how many the dozen small operations of stacking are
+_MANY_ROWS = 32  # what a layer is taken to read of a record, where it reads more than one row
 
 
 class Owners:
     """Which client each record of a micro-batch belongs to, and the stacks of records of one client.
 
-    Stacks have one height, the mean number of records a client: a client with more has several
-    stacks. So there are at most twice as many stacks as clients, and at most four places for
-    each record, however uneven the clients are.
+    Stacks have one height, the mean number of records a client, or `steady.ROWS` if that is more: a
+    client with more has several stacks. So there are at most twice as many stacks as clients.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ class Owners:
     def _layout(self) -> tuple[int, Tensor, Tensor]:
         """Return the stacks' height, the present client of each stack, and the place of each record in them."""
         counts = np.unique(self._rows, return_counts=True)[1]
-        height = -(-len(self._rows) // len(counts))
+        height = max(steady.ROWS, -(-len(self._rows) // len(counts)))
         stacks = -(-counts // height)
         start = np.repeat(np.cumsum(stacks) - stacks, counts) * height
         places = start + np.arange(len(self._rows)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -98,27 +98,12 @@ class OuterProducts:
     outputs : (n, t, out), the gradients of what it wrote
     """
 
-    def __init__(self, inputs: Tensor, outputs: Tensor, owners: Owners) -> None:
+    def __init__(self, inputs: Tensor, outputs: Tensor) -> None:
         self.inputs = inputs.float()
         self.outputs = outputs.float()
-        self.owners = owners
 
-    def squares(self) -> Tensor:
-        """Return each record's squared norm: (n,). In float64, since terms of a Gram matrix may cancel."""
-        inputs, outputs = self.inputs.double(), self.outputs.double()
-        products = torch.bmm(inputs, inputs.transpose(1, 2)) * torch.bmm(outputs, outputs.transpose(1, 2))
-        return products.sum((1, 2)).clamp(min=0).float()
-
-    def weighted_sums(self, factors: Tensor) -> Tensor:
-        """Return the sum over each present client's records of factor x gradient: (present, out, in).
-
-        What has factor zero adds exactly nothing, even where it is not finite.
-        """
-        kept = (factors > 0)[:, None, None]
-        outputs = torch.where(kept, self.outputs, 0.0) * factors[:, None, None]
-        inputs = torch.where(kept, self.inputs, 0.0)
-        sums = torch.bmm(self.owners.stack(outputs).transpose(1, 2), self.owners.stack(inputs))
-        return sums.new_zeros(len(self.owners.clients), *sums.shape[1:]).index_add_(0, self.owners.stacks, sums)
+    def __getitem__(self, records: slice) -> OuterProducts:
+        return OuterProducts(self.inputs[records], self.outputs[records])
 
 
 Gradient = Tensor | OuterProducts
@@ -139,15 +124,19 @@ class Copier:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._shapes = {name: _memory_shape(tensor.shape[1:]) for name, tensor in tensors.items()}
-        laid = [in_memory_order(tensor).flatten(1) for tensor in tensors.values()]
+        laid = [steady.aligned(in_memory_order(tensor).flatten(1)) for tensor in tensors.values()]
+        self._widths = [part.shape[1] for part in laid]
         self._flat = torch.cat(laid, dim=1) if laid else None
 
     def copies(self, owners: Owners) -> dict[str, Tensor]:
         """Return name -> a leaf (n, *shape), or (n, in, out) where `is_turned`."""
         if self._flat is None:
             return {}
-        parts = self._flat.index_select(0, owners.index).split([math.prod(s) for s in self._shapes.values()], dim=1)
-        return {name: part.unflatten(1, shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
+        parts = self._flat.index_select(0, owners.index).split(self._widths, dim=1)
+        return {
+            name: part[:, : math.prod(shape)].unflatten(1, shape)
+            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
@@ -187,17 +176,17 @@ class _ProductOfCopies(torch.autograd.Function):
             rows if ctx.needs_input_grad[1] else None,
             copies if ctx.needs_input_grad[0] else None,
         )
-        return torch.bmm(rows, copies) if turned else torch.bmm(copies, rows.transpose(1, 2))
+        return steady.bmm(rows, copies) if turned else steady.bmm(copies, rows.transpose(1, 2))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows, copies = ctx.saved_tensors
         if ctx.turned:
-            of_rows = None if copies is None else torch.bmm(gradient, copies.transpose(1, 2))
-            of_copies = None if rows is None else torch.bmm(rows.transpose(1, 2), gradient)
+            of_rows = None if copies is None else steady.bmm(gradient, copies.transpose(1, 2))
+            of_copies = None if rows is None else steady.bmm(rows.transpose(1, 2), gradient)
         else:
-            of_rows = None if copies is None else torch.bmm(gradient.transpose(1, 2), copies)
-            of_copies = None if rows is None else torch.bmm(gradient, rows)
+            of_rows = None if copies is None else steady.bmm(gradient.transpose(1, 2), copies)
+            of_copies = None if rows is None else steady.bmm(gradient, rows)
         return of_rows, of_copies, None
 
 
@@ -250,7 +239,7 @@ class PerClientLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         if self.owners is None:
             bias = None if self.bias is None else self.bias.to(inputs.dtype)
-            return functional.linear(inputs, self.weight.to(inputs.dtype), bias)
+            return steady.linear(inputs, self.weight.to(inputs.dtype), bias)
         if inputs.shape[0] % len(self.owners):
             raise ValueError(f"a batch of {len(self.owners)} records met a layer as {tuple(inputs.shape)}")
         if torch.is_autocast_enabled(inputs.device.type):
@@ -260,9 +249,13 @@ class PerClientLinear(nn.Module):
         return outputs.reshape(*inputs.shape[:-1], self.out_features)
 
     def _takes_outer_products(self, rows: int) -> bool:
-        """Say which way; a layer that is used several times in a pass stays on the way it took first."""
+        """Say which way; a layer that is used several times in a pass stays on the way it took first.
+
+        The two differ in their last digits, so how long the longest record of a batch is has no say in it.
+        """
         if self._copies:
             return False
+        rows = rows if rows == 1 else _MANY_ROWS
         return bool(self._probes) or outer_products_pay(rows, self.in_features, self.out_features)
 
     def _copied(self, rows: Tensor) -> Tensor:
@@ -281,7 +274,7 @@ class PerClientLinear(nn.Module):
     def _stacked(self, rows: Tensor) -> Tensor:
         of_stacks = self.owners.clients[self.owners.stacks]
         weights = self.weight.index_select(0, of_stacks).to(rows.dtype)
-        outputs = self.owners.unstack(torch.bmm(self.owners.stack(rows), weights.transpose(1, 2)))
+        outputs = self.owners.unstack(steady.bmm(self.owners.stack(rows), weights.transpose(1, 2)))
         if self.bias is not None:
             outputs = outputs + self.bias.index_select(0, self.owners.index).to(rows.dtype)[:, None, :]
         if not self.active:
@@ -305,7 +298,7 @@ class PerClientLinear(nn.Module):
         if probes:
             outputs = torch.cat(probes, dim=1)
             if "weight" in self.active:
-                gradients["weight"] = OuterProducts(torch.cat(self._inputs, dim=1), outputs, self.owners)
+                gradients["weight"] = OuterProducts(torch.cat(self._inputs, dim=1), outputs)
             if "bias" in self.active:
                 gradients["bias"] = outputs.float().sum(1)
         return gradients

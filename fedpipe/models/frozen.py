@@ -4,16 +4,27 @@ PyTorch multiplies float32 matrices with MKL, which on processors that are not I
 of their vector units. oneDNN, which PyTorch brings along too, generates its code for the processor
 it finds, and is about twice as fast there, at the same precision. Frozen layers are nearly all of
 what a step computes, and they need one product forward and one backward.
+
+That code is kept for each shape that was met, up to a megabyte of it, and Poisson batches have many.
+With room for 1024 shapes, as is usual, a run's memory would grow for hundreds of rounds; so there is
+room for a few.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from fedpipe.models import steady
+
+# oneDNN's own, and that of what PyTorch has before it. Both are read when the first product is computed; what the
+# user has set stays.
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, "64")
 
 
 class FrozenLinear(nn.Linear):
@@ -21,7 +32,7 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         if not _suits(inputs):
-            return functional.linear(inputs, self.weight, self.bias)
+            return steady.linear(inputs, self.weight, self.bias)
         # Rows go in and come out: what a function of autograd returns must be no view, or backbones that
         # change it in place would be refused.
         rows = inputs.reshape(-1, self.in_features)
@@ -54,7 +65,9 @@ class _Product(torch.autograd.Function):
 
 
 def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+    rows = steady.enough_rows(inputs)
+    outputs = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return outputs if rows is inputs else outputs[: len(inputs)].clone()
 
 
 def _suits(inputs: Tensor) -> bool:

@@ -11,6 +11,7 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,13 +142,16 @@ class AdaptedModel:
 
     @property
     def has_dropout(self) -> bool:
-        return any(isinstance(module, KeyedDropout) for module in self.model.modules())
+        return bool(self._dropouts)
+
+    @cached_property
+    def _dropouts(self) -> list[KeyedDropout]:
+        return [module for module in self.model.modules() if isinstance(module, KeyedDropout)]
 
     def use_dropout(self, seeds: Tensor | None) -> None:
         """Drop adapter inputs by these seeds, (n,) int64, one for each record; None turns dropout off."""
-        for module in self.model.modules():
-            if isinstance(module, KeyedDropout):
-                module.seeds = seeds
+        for module in self._dropouts:
+            module.seeds = seeds
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Any:
         """Return the backbone's outputs; `hidden` among the inputs is for models that skip their frozen layers."""
@@ -177,6 +181,11 @@ class AdaptedModel:
 
 def _weight(specs: Sequence[TensorSpec]) -> TensorSpec:
     return next(spec for spec in specs if spec.parameter == "weight")
+
+
+def positions(model: nn.Module) -> int | None:
+    """Return how many tokens a backbone has positions for; None if it does not count them."""
+    return getattr(model.config, "max_position_embeddings", None)
 
 
 def build_model(

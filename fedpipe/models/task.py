@@ -1,7 +1,8 @@
 """What a task is: how to encode a record, the loss of one record, the metrics.
 
 A task is one small object, so that a new kind of problem touches nothing else. Records are
-kept encoded and ragged (no padding); a batch is padded to its own longest record only.
+kept encoded and ragged (no padding); a batch is padded to its own longest record only, in whole
+steps (see `fedpipe.models.steady`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.utils import logging as transformers_logging
 
 from fedpipe.errors import DataError
+from fedpipe.models import steady
 from fedpipe.models.pooled import MeanPooledClassifier
 
 
@@ -36,6 +38,7 @@ class Encoded:
     pad : the token that fills a batch up
     prefix, rows : where the frozen layers' output is kept (see `fedpipe.client.prefix`): its rows,
         (all tokens, hidden), and which of them each record starts at, (records,); None if it is not
+    room : the most tokens of a record, by the settings or the backbone's positions; None if there is no end
     """
 
     tokens: np.ndarray
@@ -45,6 +48,7 @@ class Encoded:
     prefix: np.ndarray | None = None
     rows: np.ndarray | None = None
     groups: np.ndarray | None = None
+    room: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,6 +56,18 @@ class Encoded:
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
+
+    @property
+    def widths(self) -> np.ndarray:
+        """What each record is padded to, (records,), by its own length; never beyond the room."""
+        widths = steady.widths(self.lengths)
+        return widths if self.room is None else np.maximum(self.lengths, np.minimum(widths, self.room))
+
+    @property
+    def kinds(self) -> np.ndarray:
+        """Which records may share a batch, (records,): twice the width, and one more for those without padding."""
+        widths = self.widths
+        return 2 * widths + (self.lengths == widths)
 
     @classmethod
     def join(cls, parts: Sequence[Encoded]) -> Encoded:
@@ -65,6 +81,7 @@ class Encoded:
             pad=parts[0].pad,
             prefix=parts[0].prefix,
             rows=None if parts[0].prefix is None else np.concatenate([part.rows for part in parts]),
+            room=parts[0].room,
         )
 
     def part(self, first: int, stop: int) -> Encoded:
@@ -77,12 +94,13 @@ class Encoded:
             pad=self.pad,
             prefix=self.prefix,
             rows=None if self.rows is None else self.rows[first:stop],
+            room=self.room,
         )
 
     def batch(self, records: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-        """Return model inputs, each (n, longest), and labels (n,) of the given records."""
+        """Return model inputs, each (n, widest), and labels (n,) of the given records."""
         lengths = self.lengths[records]
-        position = np.arange(lengths.max())
+        position = np.arange(self.widths[records].max())
         mask = position[None, :] < lengths[:, None]
         source = np.minimum(self.offsets[records][:, None] + position[None, :], len(self.tokens) - 1)
         tokens = np.where(mask, self.tokens[source], self.pad)
@@ -95,7 +113,7 @@ class Encoded:
         return inputs, torch.from_numpy(self.labels[records]).to(device)
 
     def _hidden(self, records: np.ndarray, position: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Return what the frozen layers made of the records: (n, longest, hidden); zero where padded."""
+        """Return what the frozen layers made of the records: (n, widest, hidden); zero where padded."""
         rows = np.minimum(self.rows[records][:, None] + position[None, :], len(self.prefix) - 1)
         return np.where(mask[:, :, None], self.prefix[rows], np.float32(0))
 

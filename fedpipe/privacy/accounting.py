@@ -38,6 +38,7 @@ from fedpipe.privacy.history import (
     check_accountant,
     check_entry,
     checked_delta,
+    forget_transforms,
     loss_grid,
     merge,
     quiet,
@@ -226,7 +227,10 @@ def _compose(history: tuple[Entry, ...], delta: float) -> float:
 
     accountant = Accountant()
     accountant.history = list(history)
-    return float(accountant.get_epsilon(delta, eps_error=EPS_ERROR, delta_error=delta_error))
+    try:
+        return float(accountant.get_epsilon(delta, eps_error=EPS_ERROR, delta_error=delta_error))
+    finally:
+        forget_transforms()
 
 
 def _grid(index: int) -> float:

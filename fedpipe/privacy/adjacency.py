@@ -32,7 +32,17 @@ import numpy as np
 from scipy.integrate import simpson
 from scipy.special import logsumexp, ndtr
 
-from fedpipe.privacy.history import DELTA_ERROR, EPS_ERROR, HIGH_ORDERS, LOW_ORDERS, ORDERS, Entry, loss_grid, quiet
+from fedpipe.privacy.history import (
+    DELTA_ERROR,
+    EPS_ERROR,
+    HIGH_ORDERS,
+    LOW_ORDERS,
+    ORDERS,
+    Entry,
+    forget_transforms,
+    loss_grid,
+    quiet,
+)
 
 log = logging.getLogger(__name__)
 
@@ -151,5 +161,8 @@ def _compose(history: tuple[Entry, ...], delta: float) -> float:
     loss, mesh = loss_grid(tails, total, slack)
     domain = Domain.create_aligned(-loss, loss, mesh)
     steps = [discretize(_Loss(sigma, q, loss), domain) for sigma, q, _ in history]
-    composed = compose_heterogeneous(steps, [count for _, _, count in history])
-    return float(composed.compute_epsilon(delta, slack, EPS_ERROR)[2])
+    try:
+        composed = compose_heterogeneous(steps, [count for _, _, count in history])
+        return float(composed.compute_epsilon(delta, slack, EPS_ERROR)[2])
+    finally:
+        forget_transforms()

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+from scipy.fft import rfft
 
 from fedpipe.errors import PrivacyError, nearest
 
@@ -101,6 +102,15 @@ def loss_grid(tails: Iterable[float], total: int, delta_error: float) -> tuple[f
     if not loss <= _LOSS_MAX or 2 * loss / mesh > _GRID_MAX:
         raise MemoryError(f"privacy losses up to {loss:.3g} in steps of {mesh:.3g} do not fit")
     return loss, mesh
+
+
+def forget_transforms() -> None:
+    """Make SciPy let go of what it prepared for the last 16 lengths of a transform, as large as what is transformed.
+
+    Every composition has a length of its own, so that none of it would be used again. Short ones take its place.
+    """
+    for length in range(2, 18):
+        rfft(np.zeros(length))
 
 
 @contextlib.contextmanager

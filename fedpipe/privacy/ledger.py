@@ -434,7 +434,10 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StateError(f"{path}: the privacy ledger cannot be read: {error.strerror}") from error
+        raise StateError(
+            f"{path}: the privacy ledger cannot be read: {error.strerror}; without it epsilon is not known: restore "
+            "the file from a copy"
+        ) from error
 
 
 def _read(handle: int, start: int, stop: int) -> bytes:

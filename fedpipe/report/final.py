@@ -6,6 +6,7 @@ is what a user gets, and not what the training held in memory.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedpipe.data.federation import Federation
 from fedpipe.errors import StateError
 from fedpipe.files import file_digest, inside, read_json, write_json
 from fedpipe.models.loading import adapter_task, load_adapter
+from fedpipe.models.lora import positions
 from fedpipe.models.source import open_backbone
 from fedpipe.models.task import load_tokenizer
 from fedpipe.project import Project
@@ -41,11 +43,12 @@ def evaluate_adapter(project: Project) -> dict[str, Any]:
     task = adapter_task(project.adapter)
     model = load_adapter(project.adapter, backbone.path)
     records = task.encode(federation.test(), load_tokenizer(backbone.path), settings["data.max_length"])
+    records = replace(records, room=positions(model))
     device = torch.device("cpu")
     size = len(federation.labels)
     confusion, loss = np.zeros((size, size), dtype=np.int64), 0.0
     with torch.inference_mode():
-        for part in micro_batches(records.lengths, Budget(TOKENS)):
+        for part in micro_batches(records.kinds, Budget(TOKENS)):
             inputs, labels = records.batch(part, device)
             outputs = model(**inputs)
             loss += float(task.losses(outputs, labels).double().sum())

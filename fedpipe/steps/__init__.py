@@ -19,6 +19,7 @@ from fedpipe.state import Run
 from fedpipe.steps.aggregating import aggregate, finish_round
 from fedpipe.steps.beginning import begin_round
 from fedpipe.steps.evaluating import evaluate_round
+from fedpipe.steps.forgetting import forget_rounds
 from fedpipe.steps.preparing import prepare
 from fedpipe.steps.summing import sum_updates
 from fedpipe.steps.training import train
@@ -28,6 +29,7 @@ __all__ = [
     "begin_round",
     "evaluate_round",
     "finish_round",
+    "forget_rounds",
     "prepare",
     "run_round",
     "sum_updates",
@@ -48,7 +50,9 @@ def run_round(run_dir: Path, round: int) -> dict[str, Any]:
     plan = begin_round(run_dir, round)
     aggregated = tried(Run(run_dir).settings.federation, lambda: _attempt(run_dir, round, len(plan["cohorts"])))
     metrics = evaluate_round(run_dir, round, aggregated)
-    return finish_round(run_dir, round, aggregated, metrics, time.monotonic() - started)
+    record = finish_round(run_dir, round, aggregated, metrics, time.monotonic() - started)
+    forget_rounds(run_dir, round)
+    return record
 
 
 def tried(

@@ -185,9 +185,10 @@ def finish_round(
         "seconds": seconds if run.plan.central is None else None,
         "simulated_seconds": simulated_seconds(run, round),
     }
+    write_sealed(run.round_dir(round) / "round.json", record)
+    # Not before: without them, what the record is made of would be trained again after a crash.
     if run.settings.federation.secure_aggregation:
         empty(run, round)
-    write_sealed(run.round_dir(round) / "round.json", record)
     forget_work(run, round)
     return record
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from fedpipe.config import Settings
+from fedpipe.disk import check_room, needs_of
 from fedpipe.errors import DataError
 from fedpipe.files import write_sealed, write_tensors
 from fedpipe.identity import identify
@@ -21,6 +23,8 @@ from fedpipe.steps.common import round_facts
 from fedpipe.steps.evaluating import evaluate
 from fedpipe.workspace import Workspace, workspace_of
 
+log = logging.getLogger(__name__)
+
 
 def prepare(project: Project, settings: Settings, audit: bool = False) -> Opened:
     """Check everything that can be checked before training, and open the run; with canaries only for an `audit`.
@@ -28,7 +32,8 @@ def prepare(project: Project, settings: Settings, audit: bool = False) -> Opened
     Raises
     ------
     FedpipeError
-        Settings, data, backbone and method do not fit together; nothing was started.
+        Settings, data, backbone and method do not fit together, or the run does not fit on the disk; nothing was
+        started.
     """
     workspace = workspace_of(project, settings)
     method, federation = workspace.method, workspace.federation
@@ -43,12 +48,37 @@ def prepare(project: Project, settings: Settings, audit: bool = False) -> Opened
     specs = [spec for spec in workspace.model.specs if spec.name in workspace.trained]
 
     def plan() -> Plan:
-        return checked(make_plan(settings, federation.sizes, method, federation.groups), settings, method, specs)
+        made = checked(make_plan(settings, federation.sizes, method, federation.groups), settings, method, specs)
+        _check_room(workspace, settings, made)
+        return made
 
     opened = open_run(project.runs, identity, settings, plan)
     if not opened.run.complete:
+        if opened.resumed:
+            _check_room(workspace, settings, opened.run.plan, opened.run)
         _start(opened.run, workspace)
     return opened
+
+
+def _check_room(workspace: Workspace, settings: Settings, plan: Plan, run: Run | None = None) -> None:
+    """Refuse a run of this plan that does not fit on the disk."""
+    whole, prefix = plan.central is not None, workspace.prefix_bytes()
+    try:
+        needs = needs_of(
+            settings,
+            workspace.method,
+            workspace.model.specs,
+            workspace.trained,
+            counts=[round(plan.central.expected_batch) if whole else len(members) for members in plan.participants],
+            clients=len(plan.clients),
+            stale=max((until - start for start, until in plan.started_until.items()), default=0),
+            prefix=prefix,
+            audited=bool(workspace.federation.canaries),
+        )
+    except Exception as error:  # a part of somebody's own that cannot be rehearsed is no reason not to train
+        log.warning("what the run needs on disk is not known (%s: %s)", type(error).__name__, error)
+        return
+    check_room(workspace.project, settings, needs, run)
 
 
 def _start(run: Run, workspace: Workspace) -> None:

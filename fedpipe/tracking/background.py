@@ -51,6 +51,10 @@ class BackgroundTracker(Tracker):
         return info
 
     @property
+    def recorded(self) -> int | None:
+        return self._tracker.recorded
+
+    @property
     def info(self) -> dict[str, str | None]:
         return self._tracker.info
 

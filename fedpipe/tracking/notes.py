@@ -99,6 +99,7 @@ class Notes:
 
     def drop(self, product: str) -> None:
         """Forget the copy of what MLflow has now."""
-        shutil.rmtree(self._kept / product, ignore_errors=True)
+        for name in (product, f"{product}.tmp"):
+            shutil.rmtree(self._kept / name, ignore_errors=True)
         with contextlib.suppress(OSError):  # the other one may be in it
             self._kept.rmdir()

@@ -52,6 +52,10 @@ class MlflowTracker(Tracker):
         self._notes.describe(description)
 
     @property
+    def recorded(self) -> int | None:
+        return self._done
+
+    @property
     def info(self) -> dict[str, str | None]:
         if self._run is not None:
             return dict(self._run.info)

@@ -78,6 +78,11 @@ class Tracker:
         return self.info
 
     @property
+    def recorded(self) -> int | None:
+        """The store has this round and all before it, -1 for none; None where nothing is recorded."""
+        return None
+
+    @property
     def info(self) -> dict[str, str | None]:
         """`uri`, `experiment_id`, `run_id` and `model_id` in MLflow; empty where nothing is recorded."""
         return {}

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fedpipe import plan, state
-from fedpipe.client import clip, clipping, engine, training
+from fedpipe.client import clip, clipping, engine, exact, training
 from fedpipe.client.optimizers import Optimizer
 from fedpipe.data import federation
-from fedpipe.models.batched import OuterProducts, Owners, PerClientLinear
+from fedpipe.models.batched import Owners, PerClientLinear
 from fedpipe.models.lora import TensorSpec
 from fedpipe.privacy.accounting import Entry, merge
 from fedpipe.privacy.ledger import Ledger
@@ -27,9 +27,7 @@ from planted.world import BATCH, CLIP
 
 
 def _norms(gradients: Any) -> Tensor:
-    squares = [
-        g.squares() if isinstance(g, OuterProducts) else g.flatten(1).square().sum(1) for g in gradients.values()
-    ]
+    squares = [exact.squares(gradient) for gradient in gradients.values()]
     return torch.stack(squares).sum(0).sqrt()
 
 
@@ -56,18 +54,13 @@ def each_factor_clipped_at_c(p: Planting) -> None:
 def head_left_out_of_the_clip(p: Planting) -> None:
     """Norm and clip are those of the adapters; the new classifier's gradient joins them as it is."""
 
-    def numbers(gradient: Any) -> int:
-        if isinstance(gradient, OuterProducts):
-            return gradient.inputs.shape[2] * gradient.outputs.shape[2]
-        return gradient[0].numel()
-
     def broken(real: Any, gradients: Any, owners: Owners, clip_norm: Any) -> Tensor:
         sums: dict[str, Tensor] = {}
         for head, bound in ((False, clip_norm), (True, None)):
             part = {name: g for name, g in gradients.items() if ("classifier" in name) is head}
             if part:
                 total = real(part, owners, bound)
-                sums |= dict(zip(part, total.split([numbers(g) for g in part.values()], dim=1), strict=True))
+                sums |= dict(zip(part, total.split([exact.numbers_of(g) for g in part.values()], dim=1), strict=True))
         return torch.cat([sums[name] for name in gradients], dim=1)
 
     p.around(clipping, "sum_clipped", broken)
