@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedpipe.client import exact
 from fedpipe.client.batching import Budget, micro_batches
 from fedpipe.client.clipping import apart
+from fedpipe.client.parallel import one_core
 from fedpipe.models import steady
 from fedpipe.models.batched import OuterProducts
 from fedpipe.models.factors import pairs
@@ -47,13 +48,14 @@ def full_gradients(
     }
     budget = Budget(budget) if isinstance(budget, int) else budget
     try:
-        for part in micro_batches(records.kinds, budget):
-            inputs, labels = records.batch(steady.at_least_two(part), device)
-            total = model.task.losses(model.forward(inputs), labels).sum()
-            probes = [probe for tap in taps.values() for probe in tap.probes]
-            found = iter(torch.autograd.grad(total, probes, allow_unused=True, materialize_grads=True))
-            for tap in taps.values():
-                tap.collect(found, len(part))
+        with one_core():
+            for part in micro_batches(records.kinds, budget):
+                inputs, labels = records.batch(steady.at_least_two(part), device)
+                total = model.task.losses(model.forward(inputs), labels).sum()
+                probes = [probe for tap in taps.values() for probe in tap.probes]
+                found = iter(torch.autograd.grad(total, probes, allow_unused=True, materialize_grads=True))
+                for tap in taps.values():
+                    tap.collect(found, len(part))
     finally:
         for tap in taps.values():
             tap.hook.remove()
