@@ -89,6 +89,8 @@ class Plan:
     jobs : `jobs[t - 1]` are those of round t, in order of the clients; they depend on the seed and settings only.
         With unit `client` there are none: who takes part is drawn when a round begins, and is secret
     seconds : simulated duration of each round, where the median client takes 1 s for a local step
+    away : clients that were asked to work for a round and are not available, by `federation.dropout`; empty
+        where nobody ever is, and with unit `client`, where who takes part is secret
     """
 
     unit: str
@@ -104,6 +106,7 @@ class Plan:
     seconds: tuple[float, ...]
     central: ClientPlan | None = None
     shares: ClientPlan | None = None
+    away: tuple[tuple[str, ...], ...] = ()
 
     @property
     def private(self) -> bool:
@@ -156,6 +159,10 @@ class Plan:
             return (tuple(sorted(self.clients)),) * self.rounds
         return tuple(tuple(sorted(job.client for job in jobs)) for jobs in self.jobs)
 
+    def away_of(self, round: int) -> tuple[str, ...]:
+        """Return who should have worked for a round and is not available."""
+        return self.away[round - 1] if self.away else ()
+
     @cached_property
     def started_until(self) -> dict[int, int]:
         """The rounds from whose states late jobs start, each with the last round that such a job is of."""
@@ -170,7 +177,8 @@ class Plan:
         jobs = [[_job_to_json(job, before) for job in jobs] for before, jobs in enumerate(self.jobs)]
         clients = {name: _client_to_json(client) for name, client in self.clients.items()}
         values |= {name: _client_to_json(own) for name in _TOGETHER if (own := getattr(self, name)) is not None}
-        return {**values, "clients": clients, "jobs": jobs, "seconds": list(self.seconds)}
+        away = [list(names) for names in self.away]
+        return {**values, "clients": clients, "jobs": jobs, "seconds": list(self.seconds), "away": away}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Plan:
@@ -181,7 +189,8 @@ class Plan:
             for before, listed in enumerate(values["jobs"])
         )
         values = {**values, **{name: ClientPlan(**values[name]) for name in _TOGETHER if values.get(name) is not None}}
-        return cls(**{**values, "clients": clients, "jobs": jobs, "seconds": tuple(values["seconds"])})
+        away = tuple(map(tuple, values["away"]))
+        return cls(**{**values, "clients": clients, "jobs": jobs, "seconds": tuple(values["seconds"]), "away": away})
 
 
 _TOGETHER = ("central", "shares")
@@ -261,6 +270,7 @@ def make_plan(
         seconds=schedule.seconds * (federation.rounds if central is not None else 1),
         central=central,
         shares=shares,
+        away=schedule.away if central is None and any(schedule.away) else (),
     )
 
 

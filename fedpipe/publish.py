@@ -233,6 +233,7 @@ def _facts(
         "dp_valid": run.dp_valid,
         "budget": left_out(records),
         "refused": refused_updates(records),
+        "away": {str(record["round"]): record["away"] for record in records if record.get("away")},
         "attack": _attack(run),
         "diagnostics": diagnosed(records),
         "mlflow": mlflow,

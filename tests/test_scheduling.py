@@ -68,7 +68,12 @@ def bound(rounds: Scheduling, demand: Demand) -> float:
 
 def check(schedule: Schedule, rounds: Scheduling, demand: Demand) -> None:
     """Check what holds of every schedule."""
-    assert len(schedule.jobs) == len(schedule.seconds) == demand.rounds
+    assert len(schedule.jobs) == len(schedule.seconds) == len(schedule.away) == demand.rounds
+    for names in schedule.away:
+        assert list(names) == sorted(set(names))
+        assert set(names) <= set(demand.clients)
+    if not demand.dropout:
+        assert not any(schedule.away)
     assert set(schedule.steps) == set(schedule.most) == set(demand.clients)
     spans = defaultdict(list)
     for number, jobs in enumerate(schedule.jobs, start=1):
@@ -110,6 +115,14 @@ def test_the_cap_is_kept_or_the_schedule_refused(demand: Demand, rounds: Schedul
     assert "federation.max_participations: with " in refused
     assert "\n" not in refused
     assert demand.cap < demand.rounds
+
+
+@given(demands)
+def test_who_was_drawn_takes_part_or_is_away(demand: Demand) -> None:
+    demand = Demand(**{**vars(demand), "cap": demand.rounds})
+    schedule, full = (Synchronous().plan(Demand(**{**vars(demand), "dropout": p})) for p in (demand.dropout, 0.0))
+    for jobs, away, drawn in zip(schedule.jobs, schedule.away, full.jobs, strict=True):
+        assert sorted([*(job.client for job in jobs), *away]) == [job.client for job in drawn]
 
 
 @given(demands)
@@ -194,10 +207,13 @@ def test_speeds_are_log_normal_with_median_one() -> None:
 
 def test_an_unavailable_client_does_not_work_until_the_next_step() -> None:
     demand = demand_of(rounds=60, wanted=3)
-    rarely = Buffered(size=2).plan(Demand(**{**vars(demand), "dropout": 0.95}))
-    usual = Buffered(size=2).plan(demand)
+    seldom = Demand(**{**vars(demand), "dropout": 0.95})
+    rarely, usual = Buffered(size=2).plan(seldom), Buffered(size=2).plan(demand)
     assert sum(rarely.seconds) > sum(usual.seconds)
-    check(rarely, Buffered(size=2), demand)
+    check(rarely, Buffered(size=2), seldom)
+    for jobs, away in zip(rarely.jobs, rarely.away, strict=True):
+        assert len(away) > len(demand.clients) / 2
+        assert not {job.client for job in jobs if job.used} & set(away)
     half = Buffered(size=2).plan(Demand(**{**vars(demand), "dropout": 0.5}))
     assert {job.client for jobs in half.jobs[30:] for job in jobs} == set(demand.clients), "some never came back"
 

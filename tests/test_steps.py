@@ -952,3 +952,18 @@ def test_bytes_are_those_of_what_is_sent(project: Project, settings: Settings) -
         assert record["bytes_down"] == 3 * before
         up = sum(t.numel() * 4 for t in read_tensors(run.round_dir(number) / "updates" / "c000.safetensors").values())
         assert up == sent
+
+
+def test_who_is_not_available_is_named_and_spends_nothing(project: Project, settings: Settings) -> None:
+    chosen = changed(settings, federation__dropout=0.5, method={"name": "dp-lora"})
+    run = finish(project, chosen)
+    away = {number: run.round_record(number)["away"] for number in (1, 2, 3)}
+    assert any(away.values())
+    for number, names in away.items():
+        assert sorted([*run.round_record(number)["clients"], *names]) == ["c000", "c001", "c002"]
+    assert read_json(project.reports / "run.json")["away"] == {str(n): names for n, names in away.items() if names}
+    spent = Counter(entry.client for entry in Ledger(run.ledger_path).entries())
+    steps_each = run.plan.local_steps
+    assert spent == {
+        name: steps_each * sum(name not in names for names in away.values()) for name in ("c000", "c001", "c002")
+    }

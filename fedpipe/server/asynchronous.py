@@ -109,6 +109,7 @@ class Simulation:
         self._buffer: list[tuple[int, int]] = []  # (client, start)
         self._away: list[int] = []
         self._jobs: list[list[Job]] = [[] for _ in range(demand.rounds)]
+        self._missed: list[list[int]] = [[] for _ in range(demand.rounds)]
         self._started = 0
         self._draws = np.random.default_rng([demand.seed, 0, _DRAWS])
         self._luck = np.random.default_rng([demand.seed, 0, _DROPOUT])
@@ -140,10 +141,13 @@ class Simulation:
             self._free[client] = False
             if self.demand.dropout and self._luck.random() < self.demand.dropout:
                 self._away.append(client)
+                self._missed[self.state].append(client)
             else:
                 self._start(client)
         if not self._working and self._away:
-            self._start(self._away.pop(0))
+            client = self._away.pop(0)
+            self._missed[self.state].remove(client)
+            self._start(client)
 
     def _start(self, client: int) -> None:
         self._left[client] -= 1
@@ -177,6 +181,7 @@ class Simulation:
             steps=dict.fromkeys(demand.clients, demand.local_steps),
             most={name: max(1, number) for name, number in taken.items()},
             seconds=tuple(np.diff([0.0, *self.steps_at]).tolist()),
+            away=tuple(tuple(demand.clients[client] for client in sorted(missed)) for missed in self._missed),
         )
 
     def _refuse(self) -> None:

@@ -8,7 +8,7 @@ steps that every client will take.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -47,12 +47,14 @@ class Schedule:
     steps : every client's local steps in a job
     most : how many jobs each client may ever take, which its noise is calibrated for; at least 1
     seconds : simulated duration of each round, where the median client takes 1 s for a local step
+    away : clients that were asked to work for a round and were not available (`Demand.dropout`), in order
     """
 
     jobs: tuple[tuple[Job, ...], ...]
     steps: Mapping[str, int]
     most: Mapping[str, int]
     seconds: tuple[float, ...]
+    away: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,14 @@ class Demand:
     cap: int
     dropout: float = 0.0
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Each round's clients: those that take part, and those that were drawn and are not available; in order."""
+
+    members: tuple[tuple[str, ...], ...]
+    away: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -130,10 +140,11 @@ class Scheduling(Part):
         step, transfer = np.exp(self.spread * draws)
         return Speeds(step, transfer)
 
-    def together(self, demand: Demand, members: Sequence[Sequence[str]], steps: Mapping[str, int]) -> Schedule:
+    def together(self, demand: Demand, sampled: Sampled, steps: Mapping[str, int]) -> Schedule:
         """Return the schedule in which each round waits for all its members, who start from the last state."""
+        members = sampled.members
         speeds, place = self.speeds(demand), {name: index for index, name in enumerate(demand.clients)}
         jobs = tuple(tuple(Job(name, number) for name in names) for number, names in enumerate(members))
         longest = {name: speeds.job(place[name], steps[name]) for name in demand.clients}
         seconds = tuple(max(longest[name] for name in names) for names in members)
-        return Schedule(jobs, steps, dict.fromkeys(demand.clients, demand.cap), seconds)
+        return Schedule(jobs, steps, dict.fromkeys(demand.clients, demand.cap), seconds, sampled.away)

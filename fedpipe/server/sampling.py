@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from fedpipe.errors import SettingsError
-from fedpipe.server.jobs import Demand
+from fedpipe.server.jobs import Demand, Sampled
 
 _DROPOUT = 2  # which of a round's streams
 
 
-def sample(demand: Demand) -> tuple[tuple[str, ...], ...]:
+def sample(demand: Demand) -> Sampled:
     """Choose each round's clients uniformly, by the seed, among those below the cap.
 
     A client that is not available has not taken part: it has spent nothing, and the cap does not
@@ -23,12 +23,14 @@ def sample(demand: Demand) -> tuple[tuple[str, ...], ...]:
     """
     _check(demand)
     left = np.full(len(demand.clients), demand.cap)
-    rounds = []
+    members, away = [], []
     for number in range(1, demand.rounds + 1):
-        chosen = _available(demand, number, _draw(demand, number, left))
+        drawn = _draw(demand, number, left)
+        chosen = _available(demand, number, drawn)
         left[chosen] -= 1
-        rounds.append(tuple(demand.clients[index] for index in chosen))
-    return tuple(rounds)
+        members.append(tuple(demand.clients[index] for index in chosen))
+        away.append(tuple(demand.clients[index] for index in np.setdiff1d(drawn, chosen)))
+    return Sampled(tuple(members), tuple(away))
 
 
 def _check(demand: Demand) -> None:

@@ -178,6 +178,7 @@ def finish_round(
         **aggregated,
         "metrics": dict(metrics),
         **{key: round_plan[key] for key in ("cost", "excluded", "skipped")},
+        "away": list(run.plan.away_of(round)),
         **diagnostics_of(run, round, round_plan),
         **epsilon_so_far(run),
         **_traffic(run, workspace, round, round_plan, aggregated),
