@@ -10,6 +10,7 @@ of records, and by that of clients only as far as their adapters go.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -116,9 +117,10 @@ class CohortEngine:
         drawn = None if seeds is None else np.concatenate(seeds)
         grouped = None if units is None else Units(owners, np.concatenate(_each(units, batches)))
         kinds, numbers = pool.kinds[chosen], sum(spec.numel for spec in active)
-        parts = (
-            micro_batches(kinds, self.budget) if grouped is None else grouped.parts(kinds // 2, numbers, self.budget)
-        )
+        if grouped is None:
+            parts = list(micro_batches(kinds, self.budget))
+        else:
+            parts = grouped.parts(kinds // 2, numbers, self.budget)
         copier = self.model.copier(state)
 
         def gradients(model: AdaptedModel, part: np.ndarray) -> dict[str, Gradient]:
@@ -136,20 +138,24 @@ class CohortEngine:
                     found = self._contrasted(model, inputs, labels, note, frozen, strength, contrast.temperature)
             return {name: gradient[:count] for name, gradient in found.items()}
 
-        def of_records(model: AdaptedModel, part: np.ndarray) -> tuple[Tensor, Tensor]:
+        def of_records(model: AdaptedModel, part: np.ndarray) -> None:
             part = part[np.argsort(owners[part], kind="stable")]
-            whose = Owners(owners[part], self.device)
-            return whose.clients, sum_in_groups(gradients(model, part), whose, clip_norm, clip, active)
+            add(gradients(model, part), Owners(owners[part], self.device))
 
-        def of_units(model: AdaptedModel, part: np.ndarray) -> tuple[Tensor, Tensor]:
+        def of_units(model: AdaptedModel, part: np.ndarray) -> None:
             cut = (np.sort(part[batch]) for batch in micro_batches(kinds[part], self.budget))
-            each = ((batch, gradients(model, batch)) for batch in cut)
-            means, whose = grouped.means(each, part, self.device)
-            return whose.clients, sum_in_groups(means, whose, clip_norm, clip, active)
+            add(*grouped.means(((batch, gradients(model, batch)) for batch in cut), part, self.device))
 
         total = torch.zeros(len(batches), numbers, device=self.device, dtype=torch.float64)
-        for present, part in in_turn(of_records if grouped is None else of_units, self.models, list(parts)):
-            total.index_add_(0, present, part)
+        adding = threading.Lock()
+
+        def add(found: Mapping[str, Gradient], whose: Owners) -> None:
+            part = sum_in_groups(found, whose, clip_norm, clip, active)
+            with adding:  # in any order: these sums are exact
+                total.index_add_(0, whose.clients, part)
+
+        for _ in in_turn(of_records if grouped is None else of_units, self.models, parts):
+            pass
         return apart(total, {spec.name: spec.shape for spec in active})
 
     def _pool(self, records: Sequence[Encoded]) -> Encoded:

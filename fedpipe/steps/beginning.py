@@ -79,7 +79,7 @@ def cohort_size(run: Run, workspace: Workspace) -> int:
     """Return how many clients are trained together at the most."""
     size = run.settings.runtime.cohort_size
     if size == "auto":
-        size = max(1, min(MAX_COHORT, COHORT_BYTES // (24 * sum(spec.numel for spec in workspace.model.specs))))
+        size = max(1, min(MAX_COHORT, COHORT_BYTES // (32 * sum(spec.numel for spec in workspace.model.specs))))
     return size
 
 
