@@ -177,7 +177,9 @@ def test_a_round_records_the_losses_of_the_records_that_its_steps_drew(
 
     def watched(self: TextClassification, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
         losses = original(self, outputs, labels)
-        seen.extend(losses.detach().double().tolist())
+        found = losses.detach().double().tolist()
+        alone = len(found) == 2 and len(set(found)) == 1  # a batch of one record is computed as two
+        seen.extend(found[:1] if alone else found)
         return losses
 
     plan, expected, listed = steps.begin_round(run.root, 1), {}, []
