@@ -185,13 +185,23 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> str:
     return write_json(path, {**value, SEAL: digest(json.loads(json.dumps(value, allow_nan=False)))})
 
 
+class _Content(dict[str, Any]):
+    """What a sealed file holds. A key that is not there is a fault of the file, and says so."""
+
+    path: Path
+
+    def __missing__(self, key: str) -> Any:
+        raise StateError(f"{self.path}: damaged, or of another version: lacks {key!r}")
+
+
 def read_sealed(path: Path, expected_digest: str | None = None) -> dict[str, Any]:
     """Read what `write_sealed` wrote, without its seal; `expected_digest` as in `read_json`.
 
     Raises
     ------
     StateError
-        The file is missing, is no JSON object, or is not as it was written.
+        The file is missing, is no JSON object, or is not as it was written; later, where a key is asked for that it
+        lacks.
     """
     value = read_json(path, expected_digest)
     sealed = value.pop(SEAL, None) if isinstance(value, dict) else None
@@ -201,7 +211,9 @@ def read_sealed(path: Path, expected_digest: str | None = None) -> dict[str, Any
         found = ""
     if sealed is None or found != sealed:
         raise StateError(f"{path}: damaged: its content is not what was written, by the sha256 in it")
-    return value
+    content = _Content(value)
+    content.path = path
+    return content
 
 
 def inside(directory: Path, name: Any) -> Path:

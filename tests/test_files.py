@@ -23,11 +23,13 @@ from fedpipe.files import (
     digest,
     file_digest,
     read_json,
+    read_sealed,
     read_tensors,
     steady_digest,
     storage,
     write_atomic,
     write_json,
+    write_sealed,
     write_tensors,
 )
 
@@ -244,3 +246,13 @@ class TestTensors:
 def test_the_nearest_name_or_all() -> None:
     assert nearest("dirichet", ["iid", "dirichlet"]) == "did you mean 'dirichlet'?"
     assert nearest("x", ["iid", "shards"]) == "expected one of: iid, shards"
+
+
+def test_a_key_that_a_sealed_file_lacks_is_a_fault_of_the_file(tmp_path: Path) -> None:
+    write_sealed(tmp_path / "round.json", {"round": 1})
+    found = read_sealed(tmp_path / "round.json")
+    assert found == {"round": 1}
+    assert json.loads(json.dumps(found)) == {"round": 1}
+    assert found.get("metrics") is None
+    with pytest.raises(StateError, match=r"round\.json: damaged, or of another version: lacks 'metrics'"):
+        found["metrics"]

@@ -168,7 +168,7 @@ def test_cohorts_are_smaller_where_adapters_are_large(
     assert len(steps.begin_round(run.root, 1)["cohorts"]) == 1
     for fitting in (2, 1, 0):
         (run.round_dir(1) / "plan.json").unlink()
-        monkeypatch.setattr(beginning, "COHORT_BYTES", 24 * numbers * fitting)
+        monkeypatch.setattr(beginning, "COHORT_BYTES", 32 * numbers * fitting)
         assert len(steps.begin_round(run.root, 1)["cohorts"]) == -(-clients // max(1, fitting))
 
 
